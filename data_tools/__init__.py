@@ -1,0 +1,1 @@
+"""Papers to token files: readers, cleaning, tokenization, the `.bin/.idx` format, corpora."""

@@ -1,0 +1,195 @@
+"""The recipe: what a run is, as typed dataclasses that jsonargparse reads from YAML and overrides.
+
+Only what a recipe may say lives here; checks that need the corpus or the number of ranks are made where
+those are known (`trainer.py`). Every field is documented because `--help` prints these lines.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+BackendName = Literal["deepspeed", "fsdp"]
+
+
+@dataclass
+class ModelConfig:
+    """Which model, and where its first weights come from.
+
+    Args:
+        size: a size known to `pmc_llama.model.SIZES` (demo, 7b, ...) or the path of a Hugging Face
+            `config.json` of a LLaMA model.
+        initialize_from: a Hugging Face LLaMA directory with safetensors weights, whose shape must be that
+            of `size`; null starts from random weights drawn from `seed`.
+        vocab_size: rows of the embedding; null takes the vocabulary of the weights, or else the corpus'
+            tokenizer's.
+    """
+
+    size: str = "7b"
+    initialize_from: Path | None = None
+    vocab_size: int | None = None
+
+
+@dataclass
+class DataConfig:
+    """Which tokens, in which regime.
+
+    Args:
+        corpus: a directory made by `pmc-data build`.
+        mode: `window`: each epoch takes one random window from every paper (PMC-LLaMA's regime);
+            `packed`: each epoch makes every token of the corpus a target exactly once.
+        sequence_length: inputs, and as many targets, of one sequence.
+    """
+
+    corpus: Path = Path("corpus")
+    mode: Literal["window", "packed"] = "window"
+    sequence_length: int = 512
+
+
+@dataclass
+class BatchConfig:
+    """How many sequences a step takes. Their quotient over the ranks is the gradient accumulation.
+
+    Args:
+        global_size: sequences in one optimizer step, over all ranks.
+        micro_size: sequences that one rank takes through forward and backward at once.
+    """
+
+    global_size: int = 128
+    micro_size: int = 4
+
+
+@dataclass
+class ScheduleConfig:
+    """How long, and with which learning rate: linear warm-up, then cosine decay.
+
+    Args:
+        epochs: passes over the corpus (over its papers in `window` mode, its tokens in `packed` mode).
+        steps: optimizer steps; when given, it decides instead of `epochs`.
+        warmup_ratio: part of all steps during which the learning rate rises linearly from 0.
+        final_learning_rate_ratio: learning rate at the last step, as a part of the peak.
+    """
+
+    epochs: float = 1.0
+    steps: int | None = None
+    warmup_ratio: float = 0.03
+    final_learning_rate_ratio: float = 0.0
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW; norm weights are never decayed.
+
+    Args:
+        learning_rate: the peak.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        epsilon: added to the root of the second moment.
+        weight_decay: decoupled weight decay of matrices.
+        max_grad_norm: global gradient norm above which gradients are scaled down to it.
+    """
+
+    learning_rate: float = 2e-5
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class PrecisionConfig:
+    """Dtypes. Master weights and moments are always fp32.
+
+    Args:
+        compute: dtype of forward, backward and parameter all-gather.
+        reduce: dtype in which gradients are reduced and accumulated.
+    """
+
+    compute: Literal["bf16", "fp32"] = "bf16"
+    reduce: Literal["fp32", "bf16"] = "fp32"
+
+
+@dataclass
+class ShardingConfig:
+    """Memory against speed, in words that both backends map.
+
+    Args:
+        activation_checkpointing: `none` keeps activations; `full` keeps each decoder layer's input and
+            computes the layer again in backward.
+    """
+
+    activation_checkpointing: Literal["none", "full"] = "none"
+
+
+@dataclass
+class CheckpointConfig:
+    """When to publish a checkpoint, and which to keep.
+
+    Args:
+        every_steps: steps between checkpoints; the last step always publishes one.
+        keep_last: newest checkpoints kept; older ones are removed after a new one is published.
+        keep_every: steps whose multiples are kept for good; 0 keeps none for good.
+    """
+
+    every_steps: int = 1000
+    keep_last: int = 2
+    keep_every: int = 0
+
+
+@dataclass
+class EvaluationConfig:
+    """Loss on the papers that the corpus keeps out of training.
+
+    Args:
+        every_steps: steps between evaluations; the first and the last step always have one.
+        max_sequences: held-out sequences used, from the front; all of them when there are fewer.
+    """
+
+    every_steps: int = 500
+    max_sequences: int = 512
+
+
+@dataclass
+class LoggingConfig:
+    """What a run tells.
+
+    Args:
+        every_steps: steps between console lines. `metrics.jsonl` and TensorBoard have every step.
+    """
+
+    every_steps: int = 1
+
+
+@dataclass
+class Recipe:
+    """A run of `pmc-llama train`.
+
+    Args:
+        output: the run's directory: checkpoints, `metrics.jsonl`, TensorBoard, logs.
+        backend: what shards the model: DeepSpeed ZeRO-3, or FSDP2 (`torch.distributed.fsdp.fully_shard`).
+        seed: decides the random first weights and the sample order.
+        model: which model.
+        data: which tokens.
+        batch: how many sequences a step takes.
+        schedule: how long and with which learning rate.
+        optimizer: AdamW.
+        precision: dtypes.
+        sharding: memory against speed.
+        checkpoint: when to save.
+        evaluation: held-out loss.
+        logging: what is told.
+    """
+
+    output: Path = Path("runs/default")
+    backend: BackendName = "deepspeed"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
