@@ -1,0 +1,102 @@
+"""What a sharding backend offers the trainer, and the arithmetic that both must do alike.
+
+A backend owns parameters, gradients and optimizer state. Its state has the same names, shapes and dtypes
+whatever the backend and the world size, so it can be written by one and read by another.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pmc_llama.config import OptimizerConfig
+from pmc_llama.data import MicroBatch
+
+
+class Backend(Protocol):
+    """A sharded LLaMA with its AdamW. Every method is collective: all ranks call it together."""
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], targets: int) -> Tensor:
+        """Accumulate the gradient of (loss summed over all ranks' micro-batches) / `targets`.
+
+        Args:
+            micro_batches: this rank's part of the global batch, the same number on every rank.
+            targets: targets of the whole global batch.
+
+        Returns:
+            fp64 scalar on the device: this rank's summed loss.
+        """
+
+    def clip_and_step(self, learning_rate: float, max_norm: float) -> float:
+        """Scale gradients down to a global norm of `max_norm`, update the weights, clear the gradients.
+
+        Returns:
+            The global gradient norm before scaling.
+        """
+
+    def evaluate(self, batch: MicroBatch) -> Tensor:
+        """This rank's loss summed over the targets of `batch`, fp64 scalar on the device, no gradient."""
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a checkpoint needs, as tensors to read from and write into in place.
+
+        `model.<name>`: fp32 master weights, `optim.exp_avg.<name>` and `optim.exp_avg_sq.<name>`: fp32
+        moments, each of the parameter's natural shape and sharded over the ranks; `optim.step`: int64 scalar,
+        the updates made so far, replicated.
+        """
+
+    def state_loaded(self) -> None:
+        """Refresh whatever is derived from the state after something was read into it."""
+
+    def close(self) -> None:
+        """Release the model; the process group stays."""
+
+
+def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, object]]:
+    """AdamW parameter groups, the same under every backend: matrices decay, norm weights do not.
+
+    A matrix is told by its name, not by its dimensions, because ZeRO-3 flattens parameters.
+    """
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        (plain if "norm" in name.rsplit(".", 2)[-2] else decayed).append(parameter)
+    groups: list[dict[str, object]] = [
+        {"params": decayed, "weight_decay": optimizer.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return groups
+
+
+def build_optimizer(model: nn.Module, optimizer: OptimizerConfig) -> torch.optim.AdamW:
+    """`torch.optim.AdamW` over `parameter_groups`; the learning rate is set anew at every step."""
+    return torch.optim.AdamW(
+        parameter_groups(model, optimizer),
+        lr=optimizer.learning_rate,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.epsilon,
+    )
+
+
+def clip_gradients(shards: Iterable[Tensor], max_norm: float, device: torch.device) -> float:
+    """Scale gradient shards in place to a global norm of at most `max_norm`; return the norm before.
+
+    Squares are summed in fp64, so the norm does not depend on how the gradient is cut into shards beyond
+    the last bits of an fp64, and one backend clips by the very factor that another does. The factor is
+    torch.nn.utils.clip_grad_norm_'s: max_norm / (norm + 1e-6), at most 1.
+
+    Args:
+        shards: this rank's part of every gradient, without padding, each element on one rank only.
+        max_norm: 0 or less leaves the gradients as they are.
+        device: of the reduction.
+    """
+    shards = [shard for shard in shards if shard.numel()]
+    norms = [torch.linalg.vector_norm(shard, dtype=torch.float64) for shard in shards]
+    total = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    norm = float(total.sqrt())
+    factor = max_norm / (norm + 1e-6)
+    if 0 < factor < 1:
+        torch._foreach_mul_(shards, factor)
+    return norm

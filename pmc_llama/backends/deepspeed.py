@@ -1,0 +1,157 @@
+"""DeepSpeed ZeRO-3: the engine owns backward and step; its fp32 partitions are the state."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from pmc_llama.backends.base import build_optimizer, clip_gradients
+from pmc_llama.backends.flat_shard import FlatShard
+from pmc_llama.config import Recipe
+from pmc_llama.data import MicroBatch
+from pmc_llama.model import LlamaForPretraining, rebuild_rotary
+
+
+def build(recipe: Recipe, config: LlamaConfig, device: torch.device) -> "DeepSpeedBackend":
+    """Shard the model of `config` over all ranks; its weights mean nothing until they are loaded."""
+    _quiet_start()
+    settings = engine_settings(recipe, device)
+    # Each parameter is cut as soon as its module is made. transformers' own initialization then finds empty
+    # tensors and does nothing, which is well: the weights come through `state`, like a checkpoint's.
+    with deepspeed.zero.Init(config_dict_or_path=settings):
+        model = LlamaForPretraining(config)
+    if recipe.sharding.activation_checkpointing == "full":
+        # Only the reentrant kind runs ZeRO-3's hooks again when it computes a layer again.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    optimizer = build_optimizer(model, recipe.optimizer)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    rebuild_rotary(engine.module, config, device)
+    return DeepSpeedBackend(engine, device)
+
+
+def engine_settings(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """The DeepSpeed configuration of a recipe.
+
+    Loss scaling by accumulation and gradient clipping are left to this module, so that they are the same
+    under every backend. Reducing in fp32 takes both `communication_data_type` and `grad_accum_dtype`.
+    """
+    micro_size, ranks = recipe.batch.micro_size, dist.get_world_size()
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_size,
+        "gradient_accumulation_steps": recipe.batch.global_size // (micro_size * ranks),
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "communication_data_type": recipe.precision.reduce,
+        "data_types": {"grad_accum_dtype": recipe.precision.reduce},
+        "zero_optimization": {
+            "stage": 3,
+            "contiguous_gradients": True,
+            "overlap_comm": device.type == "cuda",
+        },
+    }
+    if recipe.precision.compute == "bf16":
+        settings["bf16"] = {"enabled": True}
+    return settings
+
+
+def _quiet_start() -> None:
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # On CPU DeepSpeed would spend a minute compiling a shared-memory all-reduce that only inference calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class DeepSpeedBackend:
+    """See `pmc_llama.backends.base.Backend`."""
+
+    def __init__(self, engine: Any, device: torch.device) -> None:
+        self.engine = engine
+        self.device = device
+        self.zero = engine.optimizer  # the ZeRO-3 optimizer around torch.optim.AdamW
+        self.steps = torch.zeros((), dtype=torch.int64)
+        # AdamW makes its moments at the first update; a checkpoint may be read before that.
+        for flat in self.zero.fp32_partitioned_groups_flat:
+            self.zero.optimizer.state[flat] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": torch.zeros_like(flat.data),
+                "exp_avg_sq": torch.zeros_like(flat.data),
+            }
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], targets: int) -> Tensor:
+        """See `Backend.forward_backward`."""
+        self.engine.train()
+        # ZeRO-3 averages over the ranks; this makes the average the sum over all targets.
+        scale = dist.get_world_size() / targets
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for number, batch in enumerate(micro_batches, start=1):
+            self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
+            loss = self.engine(batch.inputs.to(self.device), batch.labels.to(self.device))
+            self.engine.backward(loss * scale, scale_wrt_gas=False)
+            if number < len(micro_batches):
+                self.engine.step()  # only counts the micro-batch: the boundary is set after the last one
+            total += loss.detach()
+        return total
+
+    def clip_and_step(self, learning_rate: float, max_norm: float) -> float:
+        """See `Backend.clip_and_step`."""
+        norm = clip_gradients(self._gradient_shards(), max_norm, self.device)
+        for group in self.zero.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        self.steps += 1
+        return norm
+
+    @torch.no_grad()
+    def evaluate(self, batch: MicroBatch) -> Tensor:
+        """See `Backend.evaluate`."""
+        self.engine.eval()
+        loss: Tensor = self.engine(batch.inputs.to(self.device), batch.labels.to(self.device))
+        return loss.double()
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Backend.state`."""
+        state: dict[str, Tensor] = {"optim.step": self.steps}
+        for name, parameter in self.engine.module.named_parameters():
+            state[f"model.{name}"] = _shard(parameter, safe_get_local_fp32_param(parameter))
+            for moment in ("exp_avg", "exp_avg_sq"):
+                local = safe_get_local_optimizer_state(parameter, moment)
+                state[f"optim.{moment}.{name}"] = _shard(parameter, local)
+        return state
+
+    def state_loaded(self) -> None:
+        """See `Backend.state_loaded`: the compute-dtype copies follow the masters, as after an update."""
+        self.zero._partition_all_parameters()
+        for number, flat in enumerate(self.zero.fp32_partitioned_groups_flat):
+            self.zero.optimizer.state[flat]["step"].fill_(self.steps.item())
+            self.zero._reassign_or_swap_out_partitioned_parameters(number)
+        persistent = self.zero.persistent_parameters
+        if persistent:  # small parameters that every rank keeps whole
+            persistent[0].all_gather(persistent)
+        self.zero.invalidate_secondary_tensor()
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self.engine.destroy()
+
+    def _gradient_shards(self) -> Iterator[Tensor]:
+        for number, group in enumerate(self.zero.fp16_groups):
+            for parameter, gradient in zip(group, self.zero.averaged_gradients[number], strict=True):
+                start, stop = _owned(parameter)
+                yield gradient.view(-1)[: stop - start]
+
+
+def _owned(parameter: nn.Parameter) -> tuple[int, int]:
+    """The elements [start, stop) of a ZeRO-3 parameter that this rank owns; the rest of its part is padding."""
+    per_rank = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+    start = min(dist.get_rank() * per_rank, parameter.ds_numel)  # type: ignore[attr-defined]
+    return start, min(start + per_rank, parameter.ds_numel)  # type: ignore[attr-defined]
+
+
+def _shard(parameter: nn.Parameter, local: Tensor) -> FlatShard:
+    start, stop = _owned(parameter)
+    return FlatShard(local.detach()[: stop - start], start, parameter.ds_shape)  # type: ignore[attr-defined]

@@ -1,0 +1,288 @@
+"""Checkpoints: written aside, published by rename, found, verified, loaded, pruned.
+
+A checkpoint is a torch.distributed.checkpoint directory with `manifest.json` beside the tensors. A directory
+called `step-NNNNNNNN` is complete by construction: it gets that name only when every byte is on disk.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import xxhash
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, StorageReader
+from torch.distributed.checkpoint.api import CheckpointException
+
+from data_tools.errors import UserError
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+
+_NAME = re.compile(r"step-(\d{8,})")
+_ASIDE = ".writing"
+_REPLACED = ".replaced"
+_READ_BYTES = 8 << 20
+
+FileTable = dict[str, dict[str, Any]]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is, beside its tensors.
+
+    Args:
+        step: optimizer steps made.
+        samples: sequences consumed; with the corpus and the recipe, the whole state of the data.
+        tokens: inputs consumed (`samples` times the sequence length).
+        recipe: the recipe that made it, as plain data.
+        model_config: the transformers configuration, as plain data.
+        corpus: fingerprint of the corpus.
+        versions: of the packages that wrote it.
+        files: `bytes` and `xxh3_128` of every other file of the directory.
+    """
+
+    step: int
+    samples: int
+    tokens: int
+    recipe: dict[str, Any]
+    model_config: dict[str, Any]
+    corpus: str
+    versions: dict[str, str]
+    files: FileTable
+
+
+# --- writing ---------------------------------------------------------------------------------------------
+
+
+def save(
+    state: Mapping[str, Tensor],
+    root: Path,
+    describe: Callable[[FileTable], Manifest],
+    tokenizer: Path,
+    group: dist.ProcessGroup,
+) -> Path:
+    """Write a checkpoint aside and publish it. Collective over `group`.
+
+    Args:
+        state: of a backend (`Backend.state`).
+        root: the run's `checkpoints` directory, on a filesystem that all ranks share.
+        describe: makes the manifest from the table of files.
+        tokenizer: the SentencePiece model, kept with the weights so that an export needs nothing else.
+        group: a gloo group over all ranks.
+
+    Returns:
+        The published directory.
+
+    Raises:
+        UserError: on every rank, when the disk refuses on any (full, read-only).
+    """
+    aside = root / _ASIDE
+    _on_first_rank(group, lambda: _prepare(aside, tokenizer))
+    try:
+        dcp.save(dict(state), storage_writer=FileSystemWriter(aside), process_group=group)
+    except CheckpointException as error:
+        raise UserError(f"the checkpoint could not be written to {aside}: {_cause(error)}") from error
+    files = _checksum_together(aside, group)
+    return _on_first_rank(group, lambda: _publish(aside, root, describe(files)))
+
+
+def _prepare(aside: Path, tokenizer: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    shutil.copyfile(tokenizer, aside / TOKENIZER)
+    _fsync(aside / TOKENIZER)
+
+
+def _publish(aside: Path, root: Path, manifest: Manifest) -> Path:
+    path = aside / MANIFEST
+    path.write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n")
+    _fsync(path)
+    _fsync(aside)
+    final, replaced = root / f"step-{manifest.step:08d}", root / _REPLACED
+    if final.exists():  # of an attempt that could not be resumed from; never without one under this name
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    aside.rename(final)
+    _fsync(root)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def prune(root: Path, keep_last: int, keep_every: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints and those at multiples of `keep_every` steps."""
+    for path in list_checkpoints(root)[: -max(keep_last, 1)]:
+        if not keep_every or _step(path) % keep_every:
+            # The name goes first, so that an interrupted removal leaves nothing that looks complete.
+            doomed = path.rename(root / f".removing-{path.name}")
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+# --- finding and reading ---------------------------------------------------------------------------------
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """The published checkpoints of a run's `checkpoints` directory, oldest first."""
+    found = [path for path in root.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_step)
+
+
+def newest_sound(root: Path, group: dist.ProcessGroup, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint without damage; every damaged one on the way is named to `say`.
+
+    Collective over `group`; the ranks share the reading.
+
+    Raises:
+        UserError: there are checkpoints and all of them are damaged.
+    """
+    candidates = _on_first_rank(group, lambda: list_checkpoints(root))
+    for path in reversed(candidates):
+        damage = verify_together(path, group)
+        if damage is None:
+            return path
+        say(f"{damage}; going on from the checkpoint before it")
+    if candidates:
+        raise UserError(f"every checkpoint in {root} is damaged; remove them to start again from step 0")
+    return None
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        UserError: the directory is not a checkpoint, or its manifest is damaged.
+    """
+    path = directory / MANIFEST
+    try:
+        return Manifest(**json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{directory} is not a checkpoint: it has no {MANIFEST}; name a step-NNNNNNNN directory"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); use an earlier checkpoint") from error
+
+
+def verify(directory: Path) -> Manifest:
+    """Check every file of a checkpoint against its manifest.
+
+    Raises:
+        UserError: names the first file that is missing, of another size or of another content.
+    """
+    manifest = read_manifest(directory)
+    for name in sorted(manifest.files):
+        _verify_file(directory, name, manifest.files[name])
+    return manifest
+
+
+def verify_together(directory: Path, group: dist.ProcessGroup) -> str | None:
+    """What is wrong with a checkpoint, or None; each rank of `group` reads its share of the files."""
+    damage: str | None = None
+    try:
+        manifest = read_manifest(directory)
+        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+        for name in sorted(manifest.files)[rank::world_size]:
+            _verify_file(directory, name, manifest.files[name])
+    except UserError as error:
+        damage = str(error)
+    found: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, damage, group)
+    return next((text for text in found if text), None)
+
+
+def load(state: dict[str, Tensor], directory: Path, group: dist.ProcessGroup) -> None:
+    """Read a checkpoint into `state` in place, whatever backend and world size wrote it."""
+    read_weights(state, FileSystemReader(directory), group)
+
+
+def read_weights(state: dict[str, Tensor], reader: StorageReader, group: dist.ProcessGroup) -> None:
+    """Fill tensors from any storage reader, each rank its own part. Collective over `group`.
+
+    Raises:
+        UserError: on every rank, when a tensor is missing, has another shape or cannot be read on any.
+    """
+    try:
+        dcp.load(state, storage_reader=reader, process_group=group)
+    except CheckpointException as error:
+        raise UserError(f"the weights could not be loaded: {_cause(error)}") from error
+
+
+# --- the small parts -------------------------------------------------------------------------------------
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    """The first rank's trouble, if it is one that data or disk can cause; anything else is a bug and raised."""
+    cause, _ = next(iter(error.failures.values()))
+    if not isinstance(cause, OSError | ValueError | RuntimeError):
+        raise error
+    return cause
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _checksum_together(directory: Path, group: dist.ProcessGroup) -> FileTable:
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    names = sorted(path.name for path in directory.iterdir())
+    mine = {
+        name: {
+            "bytes": (directory / name).stat().st_size,
+            "xxh3_128": _checksum(directory / name),
+        }
+        for name in names[rank::world_size]
+    }
+    tables: list[FileTable] = [{}] * world_size
+    dist.all_gather_object(tables, mine, group)
+    return {name: entry for table in tables for name, entry in table.items()}
+
+
+def _verify_file(directory: Path, name: str, expected: dict[str, Any]) -> None:
+    path = directory / name
+    found = path.stat().st_size if path.is_file() else None
+    if found is None:
+        raise UserError(f"checkpoint {directory} is damaged: {name} is missing")
+    if found != expected["bytes"]:
+        raise UserError(
+            f"checkpoint {directory} is damaged: {name} has {found} bytes, expected {expected['bytes']}"
+        )
+    if _checksum(path) != expected["xxh3_128"]:
+        raise UserError(f"checkpoint {directory} is damaged: the content of {name} fails its checksum")
+
+
+def _on_first_rank(group: dist.ProcessGroup, action: Callable[[], Result]) -> Result:
+    """Run `action` on rank 0 and give its result, or the trouble it had with the disk, to every rank."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank(group) == 0:
+        try:
+            outcome[0] = action()
+        except OSError as error:
+            outcome[1] = f"{error.filename or 'checkpoint'}: {error.strerror or error}; free or mend the disk"
+    dist.broadcast_object_list(outcome, group=group, group_src=0)
+    if outcome[1]:
+        raise UserError(outcome[1])
+    result: Result = outcome[0]
+    return result

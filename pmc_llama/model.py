@@ -1,0 +1,123 @@
+"""The LLaMA model: its sizes, and transformers' own modules with the pre-training loss on top."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from data_tools.errors import UserError
+from pmc_llama.config import ModelConfig
+
+# 7b: Touvron et al. 2023 (arXiv 2302.13971), table 2; feed-forward width and epsilon as released.
+SIZES: dict[str, dict[str, Any]] = {
+    "demo": {
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "vocab_size": 2000,
+    },
+    "7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+    },
+}
+
+_COMMON = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
+
+# Rows (positions of the micro-batch) whose logits are held in fp32 at a time: 128 MiB at 32,000 pieces.
+LOSS_CHUNK = 1024
+
+
+def llama_config(model: ModelConfig, vocab_size: int) -> LlamaConfig:
+    """The shape of the model that a recipe names.
+
+    Args:
+        model: the recipe's model section; `initialize_from` is not opened here.
+        vocab_size: rows of the embedding unless the recipe itself says.
+
+    Raises:
+        UserError: `size` is neither a known size nor a LLaMA `config.json`.
+    """
+    if model.size in SIZES:
+        config = LlamaConfig(**_COMMON, **SIZES[model.size])
+    else:
+        config = _config_from_file(Path(model.size))
+    config.vocab_size = model.vocab_size or vocab_size
+    config.use_cache = False
+    return config
+
+
+def _config_from_file(path: Path) -> LlamaConfig:
+    if not path.is_file():
+        known = ", ".join(SIZES)
+        raise UserError(
+            f"model.size: {path} is neither a known size ({known}) nor a config.json file; "
+            "name one of the sizes or give the path of a LLaMA config.json"
+        )
+    try:
+        config = LlamaConfig.from_json_file(str(path))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model.size: {path} is not a readable model configuration: {error}") from error
+    if config.model_type != "llama":
+        raise UserError(
+            f"model.size: {path} describes a model of type {config.model_type}, expected llama; "
+            "only LLaMA models are trained here"
+        )
+    return config
+
+
+class LlamaForPretraining(LlamaForCausalLM):
+    """transformers' LLaMA whose forward is the training loss; parameter names are those of the original."""
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the cross-entropy over the targets.
+
+        Args:
+            inputs: int64 [micro-batch, sequence], token ids.
+            labels: int64 [micro-batch, sequence], the token to predict at each position; -100 where there is
+                none.
+
+        Returns:
+            fp32 scalar: the sum in nats (not the mean: only the caller knows the targets of the whole batch).
+        """
+        hidden = self.model(input_ids=inputs, use_cache=False).last_hidden_state
+        return summed_cross_entropy(self.lm_head(hidden), labels)
+
+
+def rebuild_rotary(model: LlamaForPretraining, config: LlamaConfig, device: torch.device) -> None:
+    """Compute the rotary frequencies anew, in fp32 on `device`.
+
+    They are a buffer that no checkpoint holds: construction on meta leaves them empty, and ZeRO-3 rounds them
+    to bf16, which turns positions far from the start by the wrong angle.
+    """
+    with torch.device(device):
+        model.model.rotary_emb = LlamaRotaryEmbedding(config)
+
+
+def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy summed over targets, with fp32 logits for a few rows at a time only.
+
+    Args:
+        logits: [micro-batch, sequence, vocabulary] in the compute dtype.
+        labels: int64 [micro-batch, sequence]; -100 carries no loss.
+
+    Returns:
+        fp32 scalar. Backward computes each chunk's fp32 logits again instead of keeping them.
+    """
+    rows = logits.flatten(0, 1).split(LOSS_CHUNK)
+    targets = labels.flatten().split(LOSS_CHUNK)
+    losses = [checkpoint(_chunk_loss, r, t, use_reentrant=False) for r, t in zip(rows, targets, strict=True)]
+    return torch.stack(losses).sum()
+
+
+def _chunk_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=-100)
