@@ -1,0 +1,27 @@
+"""How many steps a run has, and the learning rate of each."""
+
+import math
+
+from pmc_llama.config import ScheduleConfig
+
+
+def total_steps(schedule: ScheduleConfig, samples_per_epoch: int, global_size: int) -> int:
+    """Optimizer steps of a run: as the recipe says, or enough for its epochs (the last batch runs on)."""
+    if schedule.steps is not None:
+        return schedule.steps
+    return math.ceil(schedule.epochs * samples_per_epoch / global_size)
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
+    """The learning rate of update `step`, counted from 1 to `steps`.
+
+    Linear from 0 to `peak` over the first `warmup_ratio` of the steps, then half a cosine down to
+    `final_learning_rate_ratio` of the peak at the last step (Loshchilov & Hutter, arXiv 1608.03983, eq. 5,
+    without restarts).
+    """
+    warmup = math.ceil(schedule.warmup_ratio * steps)
+    if step <= warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / (steps - warmup)
+    floor = schedule.final_learning_rate_ratio
+    return peak * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))

@@ -1,0 +1,84 @@
+"""A model with odd shapes, and batches for it, small enough for a test on several ranks."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import LlamaConfig
+
+from pmc_llama.backends import build_backend
+from pmc_llama.backends.base import Backend
+from pmc_llama.checkpoint import read_weights
+from pmc_llama.config import BackendName, BatchConfig, OptimizerConfig, Recipe
+from pmc_llama.data import MicroBatch
+from pmc_llama.initialize import RandomWeights
+
+VOCABULARY, SEQUENCE, MICRO = 131, 24, 2
+CPU = torch.device("cpu")
+
+
+def odd_config(tied: bool = False) -> LlamaConfig:
+    """No dimension that 2 or 4 ranks divide evenly, but for the heads."""
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=36,
+        intermediate_size=101,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=tied,
+    )
+
+
+def small_recipe(backend: BackendName, accumulation: int = 1) -> Recipe:
+    """AdamW with decay, at a rate that moves the weights, clipped below the norms that occur."""
+    return Recipe(
+        backend=backend,
+        batch=BatchConfig(global_size=MICRO * accumulation * dist.get_world_size(), micro_size=MICRO),
+        optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.5),
+    )
+
+
+def seeded_backend(recipe: Recipe, config: LlamaConfig, seed: int = 0) -> Backend:
+    """A backend with random weights drawn from `seed`."""
+    backend = build_backend(recipe, config, CPU)
+    weights = model_weights(backend)
+    reader = RandomWeights({name: tensor.shape for name, tensor in weights.items()}, seed, std=0.02)
+    read_weights(weights, reader, dist.group.WORLD)
+    backend.state_loaded()
+    return backend
+
+
+def model_weights(backend: Backend) -> dict[str, Tensor]:
+    """The masters of a backend under the model's own names."""
+    return {
+        name.removeprefix("model."): tensor
+        for name, tensor in backend.state().items()
+        if name.startswith("model.")
+    }
+
+
+def micro_batches(step: int, accumulation: int) -> tuple[list[MicroBatch], int]:
+    """This rank's part of a global batch that depends on `step` alone, and the targets of the whole.
+
+    A third of the targets are masked, unevenly over sequences.
+    """
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    draw = torch.Generator().manual_seed(step)
+    sequences = MICRO * accumulation * world_size
+    tokens = torch.randint(0, VOCABULARY, (sequences, SEQUENCE + 1), generator=draw)
+    labels = tokens[:, 1:].clone()
+    labels[torch.rand(labels.shape, generator=draw) < torch.rand((sequences, 1), generator=draw) * 0.7] = -100
+    per_rank = MICRO * accumulation
+    mine = slice(rank * per_rank, (rank + 1) * per_rank)
+    cut = zip(tokens[mine, :-1].split(MICRO), labels[mine].split(MICRO), strict=True)
+    return [MicroBatch(inputs, targets) for inputs, targets in cut], int((labels >= 0).sum())
+
+
+def train_steps(backend: Backend, first: int, last: int, accumulation: int) -> list[tuple[float, float]]:
+    """Global (loss, gradient norm) of the steps `first` .. `last` - 1."""
+    history = []
+    for step in range(first, last):
+        batches, targets = micro_batches(step, accumulation)
+        loss = backend.forward_backward(batches, targets)
+        dist.all_reduce(loss)
+        history.append((float(loss) / targets, backend.clip_and_step(1e-2, 0.5)))
+    return history
