@@ -4,9 +4,9 @@ Only what a recipe may say lives here; checks that need the corpus or the number
 those are known (`trainer.py`). Every field is documented because `--help` prints these lines.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 BackendName = Literal["deepspeed", "fsdp"]
 
@@ -193,3 +193,15 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as nested dictionaries of strings and numbers, as YAML and JSON hold it."""
+
+    def simple(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: simple(entry) for key, entry in value.items()}
+        return str(value) if isinstance(value, Path) else value
+
+    result: dict[str, Any] = simple(asdict(recipe))
+    return result

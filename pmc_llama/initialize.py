@@ -56,7 +56,9 @@ class RandomWeights(StorageReader):
         """The whole fp32 tensor called `name`."""
         if "norm" in name:
             return torch.ones(self.shapes[name])
-        generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{self.seed}/{name}".encode()) >> 1)
+        generator = torch.Generator().manual_seed(
+            xxhash.xxh3_64_intdigest(f"{self.seed}/{name}".encode()) >> 1
+        )
         return torch.empty(self.shapes[name]).normal_(0.0, self.std, generator=generator)
 
     def _fill(self, planner: LoadPlanner, item: ReadItem, weights: Tensor) -> None:

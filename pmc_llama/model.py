@@ -113,8 +113,8 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         fp32 scalar. Backward computes each chunk's fp32 logits again instead of keeping them.
     """
-    rows = logits.flatten(0, 1).split(LOSS_CHUNK)
-    targets = labels.flatten().split(LOSS_CHUNK)
+    rows = torch.split(logits.flatten(0, 1), LOSS_CHUNK)
+    targets = torch.split(labels.flatten(), LOSS_CHUNK)
     losses = [checkpoint(_chunk_loss, r, t, use_reentrant=False) for r, t in zip(rows, targets, strict=True)]
     return torch.stack(losses).sum()
 

@@ -21,7 +21,7 @@ def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) 
     """
     warmup = math.ceil(schedule.warmup_ratio * steps)
     if step <= warmup:
-        return peak * step / warmup
+        return peak * (step / warmup)
     progress = (step - warmup) / (steps - warmup)
     floor = schedule.final_learning_rate_ratio
     return peak * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))

@@ -59,7 +59,8 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[
 
     A matrix is told by its name, not by its dimensions, because ZeRO-3 flattens parameters.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (plain if "norm" in name.rsplit(".", 2)[-2] else decayed).append(parameter)
     groups: list[dict[str, object]] = [
@@ -93,7 +94,9 @@ def clip_gradients(shards: Iterable[Tensor], max_norm: float, device: torch.devi
     """
     shards = [shard for shard in shards if shard.numel()]
     norms = [torch.linalg.vector_norm(shard, dtype=torch.float64) for shard in shards]
-    total = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
+    total = (
+        torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
+    )
     dist.all_reduce(total)
     norm = float(total.sqrt())
     factor = max_norm / (norm + 1e-6)

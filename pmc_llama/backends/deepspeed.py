@@ -1,12 +1,18 @@
 """DeepSpeed ZeRO-3: the engine owns backward and step; its fp32 partitions are the state."""
 
 import logging
+import os
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
+
+if not torch.cuda.is_available():  # DeepSpeed reads it on import, and warns when it has to guess
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import Tensor, nn
 from transformers import LlamaConfig
@@ -62,6 +68,8 @@ def engine_settings(recipe: Recipe, device: torch.device) -> dict[str, Any]:
 
 def _quiet_start() -> None:
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, at every layer of every step.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     # On CPU DeepSpeed would spend a minute compiling a shared-memory all-reduce that only inference calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -146,7 +154,7 @@ class DeepSpeedBackend:
 
 
 def _owned(parameter: nn.Parameter) -> tuple[int, int]:
-    """The elements [start, stop) of a ZeRO-3 parameter that this rank owns; the rest of its part is padding."""
+    """The elements [start, stop) of a ZeRO-3 parameter that this rank owns, without the padding."""
     per_rank = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
     start = min(dist.get_rank() * per_rank, parameter.ds_numel)  # type: ignore[attr-defined]
     return start, min(start + per_rank, parameter.ds_numel)  # type: ignore[attr-defined]

@@ -1,12 +1,13 @@
 """A contiguous range of a flattened tensor, told to torch.distributed.checkpoint as rectangles.
 
 A ZeRO-3 rank owns the elements [start, stop) of each parameter in row-major order. Such a range is at most
-three rectangles of a matrix: the end of a row, whole rows, the beginning of a row. torch.distributed.checkpoint
-asks any tensor that has the three methods below (the protocol that DTensor itself follows, in
-`torch/distributed/checkpoint/planner_helpers.py`) which rectangles it holds, so a ZeRO-3 shard is read and
-written in place, and anything that reads such checkpoints reads what it wrote.
+three rectangles of a matrix: the end of a row, whole rows, the beginning of a row. A tensor that has the three
+methods below (the protocol that DTensor itself follows, in `torch/distributed/checkpoint/planner_helpers.py`)
+is asked which rectangles it holds, so a ZeRO-3 shard is read and written in place, and anything that reads such
+checkpoints reads what it wrote.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,9 +33,8 @@ def rectangles(shape: torch.Size, start: int, stop: int) -> list[tuple[torch.Siz
         return [(torch.Size([start]), torch.Size([stop - start]), start)]
     width = shape[1]
     cuts = {start, min(stop, -(-start // width) * width), max(start, stop // width * width), stop}
-    edges = sorted(cuts)
     result = []
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
+    for first, last in pairwise(sorted(cuts)):
         row, column = divmod(first, width)
         rows = (last - first) // width or 1
         result.append((torch.Size([row, column]), torch.Size([rows, (last - first) // rows]), first))
@@ -96,7 +96,9 @@ class FlatShard(torch.Tensor):
         raise ValueError(f"no part of {index.fqn} begins at {index.offset} on this rank")
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D102
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise NotImplementedError(f"a FlatShard only describes memory; {func} is not defined on it")
 
     def __repr__(self) -> str:  # type: ignore[override]

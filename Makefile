@@ -1,0 +1,35 @@
+# Everything runs in .venv, which any target makes when it is missing or older than what it is made from.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test lint bench clean
+
+demo: $(READY)
+	$(BIN)/python launch/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run
+
+bench: $(READY)
+	$(BIN)/python benchmarks/sample_order.py
+
+clean:
+	rm -rf .venv demo-output
+
+# torch comes first and with what it needs (on a GPU machine: CUDA's libraries); everything else comes exactly
+# as locked. DeepSpeed is built from source against that torch, without compiling kernels ahead of time.
+$(READY): pyproject.toml requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $$(grep '^torch==' requirements.lock)
+	$(BIN)/pip install --quiet --no-deps $$(grep -E '^(setuptools|wheel|packaging|ninja|py-cpuinfo|numpy)==' requirements.lock)
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation -r requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@

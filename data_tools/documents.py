@@ -1,0 +1,126 @@
+"""The table of a part's documents: which paper each is, one row a document, as Parquet."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from data_tools.clean import normalize_text
+from data_tools.errors import UserError
+from data_tools.files import aside, publish
+from data_tools.papers import Paper
+
+SCHEMA = pa.schema(
+    [
+        ("pmc_id", pa.string()),
+        ("corpus_id", pa.int64()),
+        ("doi", pa.string()),
+        ("pubmed_id", pa.string()),
+        ("license", pa.string()),
+        ("retracted", pa.bool_()),
+        ("source_file", pa.string()),
+        ("source_position", pa.int64()),
+        ("tokens", pa.int32()),
+        ("text_hash", pa.binary(16)),
+    ]
+)
+"""`tokens` counts the EOD; `text_hash` is XXH3-128 of the training text in UTF-8, big-endian."""
+
+_ROWS_A_GROUP = 16_384
+
+
+@dataclass(frozen=True)
+class Row:
+    """One document: the columns of `SCHEMA`."""
+
+    pmc_id: str | None
+    corpus_id: int | None
+    doi: str | None
+    pubmed_id: str | None
+    license: str | None
+    retracted: bool
+    source_file: str
+    source_position: int
+    tokens: int
+    text_hash: bytes
+
+
+def row(paper: Paper, text: str, tokens: int) -> Row:
+    """The row of a paper, its training text and its length in tokens, EOD included."""
+    return Row(
+        pmc_id=paper.pmc_id,
+        corpus_id=paper.corpus_id,
+        doi=_plain(paper.doi),
+        pubmed_id=_plain(paper.pubmed_id),
+        license=_plain(paper.license),
+        retracted=paper.retracted,
+        source_file=paper.source.file,
+        source_position=paper.source.position,
+        tokens=tokens,
+        text_hash=text_hash(text),
+    )
+
+
+def text_hash(text: str) -> bytes:
+    """XXH3-128 of a text in UTF-8, 16 bytes."""
+    return xxhash.xxh3_128_digest(text.encode())
+
+
+class DocumentTable:
+    """Writes a part's table, a row group at a time. A context manager, published like a token file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows: list[Row] = []
+
+    def __enter__(self) -> Self:
+        self._writer = pq.ParquetWriter(aside(self._path), SCHEMA)
+        return self
+
+    def add(self, document: Row) -> None:
+        """Append a document."""
+        self._rows.append(document)
+        if len(self._rows) == _ROWS_A_GROUP:
+            self._write()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._write()
+            self._writer.close()
+            if kind is None:
+                publish(self._path)
+        finally:
+            aside(self._path).unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        if self._rows:
+            rows = [vars(document) for document in self._rows]
+            self._writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+            self._rows.clear()
+
+
+def read_documents(paths: Iterable[Path], columns: list[str]) -> Any:
+    """Columns of the tables of several parts, one after another, as a `pyarrow.Table`.
+
+    Raises:
+        UserError: a table cannot be read.
+    """
+    tables = [SCHEMA.empty_table().select(columns)]
+    for path in paths:
+        try:
+            tables.append(pq.read_table(path, columns=columns, schema=SCHEMA))
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{path} cannot be read as a table of documents ({error}).") from error
+    return pa.concat_tables(tables)
+
+
+def _plain(value: str | None) -> str | None:
+    return None if value is None else normalize_text(value)

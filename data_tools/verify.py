@@ -1,0 +1,107 @@
+"""Verification of a corpus: every byte against its checksum, every index, and a sample of documents."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.corpus import PART_FILES, Corpus, Split
+from data_tools.documents import read_documents, text_hash
+from data_tools.errors import UserError
+from data_tools.files import checksum
+from data_tools.finalize import table_path
+from data_tools.manifest import FileInfo
+from data_tools.token_files import TokenFile
+from data_tools.tokenizer import Tokenizer
+
+_SAMPLES_A_PART = 16
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was checked, when all of it held.
+
+    `samples` documents were decoded and encoded again to the same ids; of these, `same_text` also decode to
+    the very text that was read (its hash is in the table), which a tokenizer without byte fallback or with
+    a text normalization cannot promise.
+    """
+
+    files: int
+    bytes: int
+    documents: int
+    tokens: int
+    samples: int
+    same_text: int
+
+
+def verify(directory: Path) -> Verified:
+    """Check a corpus.
+
+    Raises:
+        UserError: naming the first file that is damaged and what does not hold.
+    """
+    corpus = Corpus.open(directory)
+    tokenizer = Tokenizer(corpus.tokenizer_path)
+    if tokenizer.sha256 != corpus.manifest.tokenizer.sha256:
+        raise UserError(f"{corpus.tokenizer_path} is damaged: it is not the model that made the ids.")
+    files = _files(corpus)
+    for path, info in files.items():
+        if checksum(path) != info.checksum:
+            raise UserError(f"{path} is damaged: its checksum is not that of corpus.json; build it again.")
+    for name in corpus.manifest.splits:
+        _check_split(corpus.split(name))
+    sampled = [_check_part(corpus, number, tokenizer) for number in range(len(corpus.manifest.parts))]
+    return Verified(
+        files=len(files),
+        bytes=sum(info.bytes for info in files.values()),
+        documents=sum(part.documents for part in corpus.manifest.parts),
+        tokens=sum(part.tokens for part in corpus.manifest.parts),
+        samples=sum(samples for samples, _ in sampled),
+        same_text=sum(same for _, same in sampled),
+    )
+
+
+def _files(corpus: Corpus) -> dict[Path, FileInfo]:
+    found = {corpus.directory / f"{name}.npy": split.file for name, split in corpus.manifest.splits.items()}
+    for part in corpus.manifest.parts:
+        for suffix in PART_FILES:
+            found[corpus.directory / "parts" / f"{part.name}.{suffix}"] = part.files[suffix]
+    return found
+
+
+def _check_split(split: Split) -> None:
+    starts, positions = np.asarray(split.starts), np.asarray(split.positions)
+    lengths, room = np.diff(starts), np.diff(positions)
+    if starts[0] != 0 or (lengths <= 0).any() or (room < lengths).any():
+        raise UserError(
+            f"{split.corpus.directory}/{split.name}.npy is damaged: its documents overlap or are unordered."
+        )
+
+
+def _check_part(corpus: Corpus, number: int, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Check a part's index and table against each other, and a sample of its documents."""
+    prefix = corpus.part_prefix(number)
+    path = table_path(corpus.directory, prefix.name)
+    table = read_documents([path], ["tokens", "text_hash"])
+    with TokenFile(prefix) as tokens:
+        tokens.verify()
+        if not np.array_equal(table["tokens"].to_numpy(), tokens.lengths):
+            raise UserError(f"{path} does not fit its token file: the lengths of the documents differ.")
+        documents = np.unique(np.linspace(0, len(tokens.lengths) - 1, _SAMPLES_A_PART).astype(int)).tolist()
+        if not len(tokens.lengths):
+            return 0, 0
+        same = [
+            _check_document(tokens, document, tokenizer, table["text_hash"][document].as_py())
+            for document in documents
+        ]
+    return len(same), sum(same)
+
+
+def _check_document(tokens: TokenFile, document: int, tokenizer: Tokenizer, hashed: bytes) -> bool:
+    """Whether a document decodes to the text that was read; it must in any case encode to the same ids."""
+    ids = tokens.document(document)
+    text = tokenizer.decode(ids[:-1])
+    lossy = tokenizer.unk in ids
+    if ids[-1] != tokenizer.eos or not (lossy or np.array_equal(tokenizer.encode_document(text), ids)):
+        raise UserError(f"Document {document} of {tokens} is not what its tokenizer makes of its text.")
+    return text_hash(text) == hashed

@@ -1,0 +1,119 @@
+"""`make demo`: from the sample papers to an exported model, in a few minutes on two cores.
+
+Every stage is a command that a user would type; this file only types them in order and checks what came out.
+"""
+
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.nn import functional
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from data_tools.corpus import Corpus
+from pmc_llama.checkpoint import list_checkpoints
+from pmc_llama.data import heldout_batches
+from pmc_llama.metrics import read_metrics
+
+OUTPUT = Path("demo-output")
+RECIPE = "recipes/demo.yaml"
+RANKS = 2
+MORE_STEPS = 12
+# bf16 keeps 8 bits of a number; a mean over thousands of targets is far closer than one of them.
+BF16_TOLERANCE = 2**-8
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run every stage and say what was made."""
+    begin = time.monotonic()
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    stage("1/5  papers to token files")
+    run(
+        *("pmc-data", "build", "--input", "sample/s2orc", "sample/jats", "--workers", "2"),
+        *("--tokenizer", "sample/tokenizer.model", "--heldout", "0.1", "--output", f"{OUTPUT}/corpus"),
+    )
+    stage("2/5  the same recipe under ZeRO-3 and under FSDP2, on two ranks")
+    run("pmc-llama", "compare", RECIPE, "--ranks", str(RANKS), "--output", f"{OUTPUT}/compare")
+    stage("3/5  the ZeRO-3 checkpoint goes on under FSDP2")
+    trained_on = go_on_under_fsdp()
+    stage("4/5  export to Hugging Face format")
+    run("pmc-llama", "export", f"{OUTPUT}/continued", f"{OUTPUT}/model")
+    stage("5/5  the export, opened with transformers, on the held-out papers")
+    reloaded = heldout_loss_of_export()
+    show_result(trained_on, reloaded, time.monotonic() - begin)
+
+
+def stage(title: str) -> None:
+    """Head the next part of the log."""
+    console.rule(f"[bold]{title}")
+
+
+def run(program: str, *arguments: str) -> None:
+    """Run a command of the environment that this interpreter is of; a failure ends the demo with its status."""
+    console.print(f"[bold green]$[/] {shlex.join([program, *arguments])}")
+    status = subprocess.run([Path(sys.executable).parent / program, *arguments], check=False).returncode
+    if status:
+        console.print(f"[red]the demo stops: the command above ended with status {status}")
+        sys.exit(status)
+
+
+def go_on_under_fsdp() -> float:
+    """Train a few more steps from the last ZeRO-3 checkpoint; the trainer's last held-out loss."""
+    source = list_checkpoints(OUTPUT / "compare" / "deepspeed" / "checkpoints")[-1]
+    steps = int(source.name.removeprefix("step-")) + MORE_STEPS
+    run(
+        *("torchrun", "--standalone", "--nproc-per-node", str(RANKS), "--module", "pmc_llama.cli"),
+        *("train", RECIPE, "--backend", "fsdp", "--output", f"{OUTPUT}/continued"),
+        *("--resume", str(source), "--schedule.steps", str(steps)),
+    )
+    loss: float = read_metrics(OUTPUT / "continued" / "metrics.jsonl")[-1]["heldout_loss"]
+    return loss
+
+
+def heldout_loss_of_export() -> float:
+    """Mean held-out loss, in nats a token, of the exported model as transformers computes it."""
+    model = LlamaForCausalLM.from_pretrained(OUTPUT / "model", dtype=torch.bfloat16).eval()
+    heldout = Corpus.open(OUTPUT / "corpus").split("heldout")
+    summed, targets = 0.0, 0
+    with torch.no_grad():
+        for batch in heldout_batches(
+            heldout, sequence_length=128, micro_size=4, rank=0, world_size=1, max_sequences=512
+        ):
+            logits = model(batch.inputs).logits.flatten(0, 1).float()
+            summed += float(functional.cross_entropy(logits, batch.labels.flatten(), reduction="sum"))
+            targets += int((batch.labels >= 0).sum())
+    return summed / targets
+
+
+def show_result(trained_on: float, reloaded: float, seconds: float) -> None:
+    """The last screen; ends with status 1 when the export does not score as the trainer did."""
+    difference = abs(reloaded - trained_on)
+    table = Table(title=f"made in {seconds:.0f} s", title_justify="left", show_header=False)
+    table.add_row("token files", f"{OUTPUT}/corpus", f"pmc-data stats {OUTPUT}/corpus")
+    table.add_row("comparison", f"{OUTPUT}/compare/report.md", f"picture: {OUTPUT}/compare/losses.png")
+    table.add_row("run", f"{OUTPUT}/continued", f"tensorboard --logdir {OUTPUT}/continued")
+    table.add_row("model", f"{OUTPUT}/model", "LlamaForCausalLM.from_pretrained, AutoTokenizer")
+    console.print(table)
+    console.print(f"held-out loss by the trainer    {trained_on:.6f} nats a token")
+    console.print(f"held-out loss by the export     {reloaded:.6f} nats a token, difference {difference:.1e}")
+    tokenizer = AutoTokenizer.from_pretrained(OUTPUT / "model")
+    console.print(f"AutoTokenizer opens it too: {tokenizer.tokenize('myocardial infarction')}")
+    if not difference <= BF16_TOLERANCE * trained_on:
+        console.print("[red]the export does not score as the trainer did")
+        sys.exit(1)
+    console.print("\nTry next, in .venv/bin:")
+    console.print(f"  pmc-data inspect {OUTPUT}/corpus --document 3")
+    console.print(f"  pmc-llama checkpoint list {OUTPUT}/compare/deepspeed")
+    console.print(f"  pmc-llama train {RECIPE} --backend fsdp --output runs/mine --optimizer.learning_rate 1e-3")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""The command line: `pmc-llama train | compare | export | checkpoint`.
+
+Each command is one function that reads its arguments and calls the module that does the work. torch is
+imported only then, so that help and mistakes in a recipe are told at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn, get_args
+
+import yaml
+
+from data_tools.errors import UserError
+from pmc_llama.config import BackendName, plain
+
+USAGE = "usage: pmc-llama [-h] COMMAND ..."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: without the program's name; those of the process when None.
+
+    Returns:
+        Exit status: 0, or 2 for what the user can mend, told in one sentence on stderr.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    command, *rest = arguments
+    try:
+        if command not in COMMANDS:
+            raise UserError(f"unknown command {command}; expected one of {', '.join(COMMANDS)}")
+        COMMANDS[command](rest)
+    except UserError as error:
+        if command != "train" or _first_to_fail():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Train a model as a recipe says, on the ranks that torchrun, srun or mpirun started, or alone."""
+    from pmc_llama.recipe_file import RecipeParser, recipe_path
+
+    parser = RecipeParser("pmc-llama train", recipe_path(arguments), _summary(train))
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="CHECKPOINT",
+        help="go on from the newest sound checkpoint of the output, or from this one",
+    )
+    parser.add_argument("--print_config", action="store_true", help="print the recipe as resolved, and end")
+    recipe, options = parser.read(arguments)
+    if options["print_config"]:
+        print(yaml.safe_dump(plain(recipe), sort_keys=False), end="")
+        return
+
+    import psutil
+
+    from pmc_llama import trainer
+
+    trainer.train(recipe, options["resume"], psutil.Process().create_time())
+
+
+def compare(arguments: Sequence[str]) -> None:
+    """Train a recipe under each backend from the same first weights, and report on both."""
+    from pmc_llama.recipe_file import RecipeParser, recipe_path
+
+    parser = RecipeParser("pmc-llama compare", recipe_path(arguments), _summary(compare))
+    parser.add_argument("--backends", default="deepspeed,fsdp", help="names, with commas between them")
+    parser.add_argument("--ranks", type=int, default=2, help="processes of each run, on this machine")
+    recipe, options = parser.read(arguments)
+    backends = options["backends"].split(",")
+    if len(backends) < 2 or len({*backends}) < len(backends) or not {*backends} <= {*get_args(BackendName)}:
+        known = ", ".join(get_args(BackendName))
+        raise UserError(
+            f"--backends is {options['backends']}, expected two or more different ones of {known}"
+        )
+    if options["ranks"] < 1:
+        raise UserError(f"--ranks is {options['ranks']}, expected 1 or more")
+
+    from pmc_llama import compare as comparison
+
+    report = comparison.compare(recipe, backends, options["ranks"])
+    print(f"{report} and losses.png beside it say how they compare")
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Write a checkpoint as a Hugging Face model: safetensors, configuration, tokenizer, model card."""
+    parser = _Parser("pmc-llama export", description=_summary(export))
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="checkpoint directory, or the output directory of a run, whose newest checkpoint it is then",
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR", help="where the model goes; must not exist")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights")
+    options = parser.parse_args(arguments)
+
+    from pmc_llama import huggingface
+
+    huggingface.export(_newest(options.checkpoint), options.directory, options.dtype)
+    print(f"{options.directory} is ready for LlamaForCausalLM.from_pretrained and AutoTokenizer")
+
+
+def checkpoint(arguments: Sequence[str]) -> None:
+    """List the checkpoints of a run, or check every file of them against its checksum."""
+    parser = _Parser("pmc-llama checkpoint", description=_summary(checkpoint))
+    parser.add_argument("action", choices=("list", "verify"), help="what to do")
+    parser.add_argument(
+        "directory", type=Path, metavar="DIR", help="output directory of a run, or one checkpoint"
+    )
+    options = parser.parse_args(arguments)
+
+    from pmc_llama.checkpoint import read_manifest, verify
+
+    damaged = 0
+    paths = _checkpoints(options.directory)
+    for path in paths:
+        try:
+            manifest = verify(path) if options.action == "verify" else read_manifest(path)
+        except UserError as error:
+            damaged += 1
+            print(f"{path}  {error}", flush=True)
+            continue
+        size = sum(file["bytes"] for file in manifest.files.values()) / 1e9
+        verdict = ", every file is sound" if options.action == "verify" else ""
+        print(
+            f"{path}  step {manifest.step:,}, {manifest.tokens:,} tokens, {size:.2f} GB{verdict}", flush=True
+        )
+    if damaged:
+        raise UserError(
+            f"{damaged} of {len(paths)} checkpoints of {options.directory} are damaged; "
+            "--resume passes over them"
+        )
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "compare": compare,
+    "export": export,
+    "checkpoint": checkpoint,
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are `UserError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints that a directory stands for, oldest first: a run's, those beside it, or itself."""
+    from pmc_llama.checkpoint import MANIFEST, list_checkpoints
+
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory; expected a run's output directory or a checkpoint")
+    if (directory / MANIFEST).is_file():
+        return [directory]
+    found = list_checkpoints(directory / "checkpoints") or list_checkpoints(directory)
+    if not found:
+        raise UserError(f"{directory} has no checkpoints; expected a run's output directory or a checkpoint")
+    return found
+
+
+def _newest(directory: Path) -> Path:
+    return _checkpoints(directory)[-1]
+
+
+def _first_to_fail() -> bool:
+    """Whether this rank is the one to say what is wrong; the others fail of it, or of the same."""
+    from pmc_llama.distributed import first_to_fail
+
+    return first_to_fail()
+
+
+def _help() -> str:
+    lines = [f"  {name:<12}{_summary(command)}" for name, command in COMMANDS.items()]
+    return "\n".join([USAGE, "", *lines, "", "`pmc-llama COMMAND --help` says more."])
+
+
+def _summary(command: Callable[[Sequence[str]], None]) -> str:
+    return (command.__doc__ or "").partition("\n")[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

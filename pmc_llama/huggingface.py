@@ -1,0 +1,337 @@
+"""Hugging Face directories in and out: weights are read into shards, and written shard by shard.
+
+Neither direction holds a model in memory. Reading fills whatever part of each tensor a rank owns, straight
+from safetensors; writing takes as much memory as one output file.
+"""
+
+import json
+import os
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, HuggingFaceStorageReader, StorageReader
+from torch.distributed.checkpoint.planner import ReadItem
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from data_tools.errors import UserError
+from pmc_llama.checkpoint import TOKENIZER, Manifest, verify
+from pmc_llama.huggingface_tokenizer import write_tokenizer
+
+ExportDtype = Literal["bf16", "fp16", "fp32"]
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000  # transformers' own habit is 5 GB and more; smaller files travel better
+
+_READABLE = {"F16", "BF16", "F32"}
+_TELL_SECONDS = 5.0
+
+
+# --- in --------------------------------------------------------------------------------------------------
+
+
+def check_directory(path: Path) -> LlamaConfig:
+    """Check, from headers alone, that a directory holds every weight of a LLaMA model.
+
+    Args:
+        path: `config.json` and safetensors weights, in one file or in shards with an index.
+
+    Returns:
+        The model's configuration.
+
+    Raises:
+        UserError: it is not a directory, has no configuration, is another kind of model, is quantized, has
+            its weights in another format, lacks a shard or a tensor, or has one damaged, twice or of a wrong
+            shape.
+    """
+    config = _read_config(path)
+    found = _tensors(path)
+    for name, shape in parameter_shapes(config).items():
+        if name not in found:
+            raise UserError(f"{path}: tensor {name} is missing from the weights that {CONFIG} describes")
+        file, dtype, stored = found[name]
+        if stored != shape:
+            raise UserError(
+                f"{file}: tensor {name} has shape {list(stored)}, expected {list(shape)} by {CONFIG}"
+            )
+        if dtype not in _READABLE:
+            raise UserError(f"{file}: tensor {name} is of type {dtype}, expected one of F16, BF16 and F32")
+    return config
+
+
+def weights_reader(path: Path) -> StorageReader:
+    """A reader of the weights of `path` for `torch.distributed.checkpoint.load`.
+
+    Tensors are asked for under the names that transformers gives them, in any dtype and any rectangles; each
+    rank reads the bytes of its own part only. Call `check_directory` first: torch's reader believes whatever
+    safetensors files it finds.
+    """
+    return HuggingFaceStorageReader(str(path))
+
+
+def parameter_shapes(config: LlamaConfig) -> dict[str, torch.Size]:
+    """Name and shape of every parameter of the model, in its own order; tied weights once."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def _read_config(path: Path) -> LlamaConfig:
+    if not path.is_dir():
+        raise UserError(f"{path} is not a directory; expected one with {CONFIG} and safetensors weights")
+    try:
+        values = json.loads((path / CONFIG).read_text())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path} has no {CONFIG}; expected a Hugging Face directory of a LLaMA model"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / CONFIG} cannot be read as JSON: {error}") from error
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind != "llama":
+        raise UserError(
+            f"{path / CONFIG} has model_type {kind}, expected llama; only LLaMA models are trained here"
+        )
+    if "quantization_config" in values:
+        raise UserError(f"{path / CONFIG} describes quantized weights; use the original fp16 or bf16 ones")
+    return LlamaConfig.from_dict(values)
+
+
+def _tensors(path: Path) -> dict[str, tuple[Path, str, torch.Size]]:
+    """File, dtype and shape of every stored tensor, from the headers."""
+    found: dict[str, tuple[Path, str, torch.Size]] = {}
+    _check_files(path)
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{file} is damaged or not a safetensors file ({error}); copy it again"
+            ) from error
+        for name, part in slices.items():
+            if name in found:
+                # torch's reader does not look at the index and would take either.
+                raise UserError(
+                    f"{path}: tensor {name} is both in {found[name][0].name} and in {file.name}; "
+                    "remove the file that does not belong to this model"
+                )
+            found[name] = (file, part.get_dtype(), torch.Size(part.get_shape()))
+    return found
+
+
+def _check_files(path: Path) -> None:
+    """Every file that the index names is there; without an index there is the single file."""
+    if (path / INDEX).is_file():
+        try:
+            expected = set(json.loads((path / INDEX).read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path / INDEX} is not a safetensors index; copy it again") from error
+        for name in sorted(expected):
+            if not (path / name).is_file():
+                raise UserError(f"{path}: shard {name}, which {INDEX} names, is missing; copy it again")
+    elif not (path / SINGLE).is_file():
+        if any(path.glob("*.bin")):
+            raise UserError(
+                f"{path} has its weights as .bin files only, which can run code when loaded; "
+                "convert them to safetensors"
+            )
+        raise UserError(f"{path} has no weights: neither {SINGLE} nor {INDEX} is there")
+
+
+# --- out -------------------------------------------------------------------------------------------------
+
+
+def export(
+    checkpoint: Path,
+    directory: Path,
+    dtype: ExportDtype = "bf16",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a checkpoint as a directory that transformers opens, without holding the model in memory.
+
+    The result has the weights as safetensors, configuration, generation configuration, tokenizer and a model
+    card. It appears under its name only when it is complete.
+
+    Args:
+        checkpoint: a published checkpoint.
+        directory: where the model goes; it must not exist, or be empty.
+        dtype: of the weights, rounded to nearest from the fp32 masters.
+        max_shard_bytes: above which the weights are cut into several files; memory is that of one.
+
+    Raises:
+        UserError: the checkpoint is damaged, `directory` is in use, a weight does not fit `dtype`, the
+            tokenizer cannot be expressed exactly, or the disk refuses.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(
+            f"{directory} is there already and not an empty directory; choose another or remove it"
+        )
+    print(f"export: checking every file of {checkpoint}", flush=True)
+    manifest = verify(checkpoint)
+    aside = directory.with_name(f".{directory.name}.partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        _write(checkpoint, manifest, aside, directory.name, dtype, max_shard_bytes)
+        _synchronize(aside)
+        aside.rename(directory)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{directory} could not be written: {error}; make room, then export again") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write(
+    checkpoint: Path,
+    manifest: Manifest,
+    directory: Path,
+    name: str,
+    dtype: ExportDtype,
+    max_shard_bytes: int,
+) -> None:
+    config = LlamaConfig.from_dict(manifest.model_config)
+    tokenizer = checkpoint / TOKENIZER
+    _write_configs(config, SentencePieceProcessor(model_file=str(tokenizer)), directory, dtype)
+    write_tokenizer(tokenizer, directory, config.max_position_embeddings)
+    shapes = parameter_shapes(config)
+    (directory / "README.md").write_text(_model_card(name, manifest, shapes, dtype))
+
+    empty = {key: torch.empty(shape, dtype=DTYPES[dtype], device="meta") for key, shape in shapes.items()}
+    split = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_bytes)
+    planner = _Progress(split.metadata["total_size"])
+    for file, names in split.filename_to_tensors.items():
+        tensors = _load(checkpoint, {key: empty[key] for key in names}, planner)
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        _write_index(split, directory)
+
+
+def _load(checkpoint: Path, empty: dict[str, Tensor], planner: DefaultLoadPlanner) -> dict[str, Tensor]:
+    """Those tensors of a checkpoint, in CPU memory and in the dtype of `empty`."""
+    tensors = {f"model.{name}": torch.empty_like(tensor, device="cpu") for name, tensor in empty.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        # Copying an fp32 piece into a tensor of another dtype rounds it, so no fp32 copy is ever whole.
+        dcp.load(tensors, checkpoint_id=checkpoint, planner=planner, no_dist=True)
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float16 and not tensor.isfinite().all():
+            raise UserError(f"{name} has values beyond the range of fp16; export with --dtype bf16")
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+def _write_index(split: StateDictSplit, directory: Path) -> None:
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _write_configs(
+    config: LlamaConfig, tokenizer: SentencePieceProcessor, directory: Path, dtype: ExportDtype
+) -> None:
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = DTYPES[dtype]
+    config.bos_token_id = tokenizer.bos_id() if tokenizer.bos_id() >= 0 else None
+    config.eos_token_id = tokenizer.eos_id()
+    config.use_cache = True  # off in training
+    config.save_pretrained(directory)
+    generation = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
+    generation.save_pretrained(directory)
+
+
+def _model_card(name: str, manifest: Manifest, shapes: dict[str, torch.Size], dtype: ExportDtype) -> str:
+    parameters = sum(shape.numel() for shape in shapes.values())
+    base = manifest.recipe["model"]["initialize_from"]
+    versions = ", ".join(f"{package} {version}" for package, version in sorted(manifest.versions.items()))
+    licence = (
+        f"The weights continue those of `{base}` and stay under that model's licence."
+        if base
+        else "The weights were trained from random values; whoever publishes them chooses their licence."
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+license: other
+tags: [llama, biomedical, pretraining]
+---
+# {name}
+
+A LLaMA language model of {parameters:,} parameters ({dtype}), trained on biomedical papers with pmc-llama.
+
+| | |
+|---|---|
+| base model | {base or "none (random first weights)"} |
+| optimizer steps | {manifest.step:,} |
+| sequences seen | {manifest.samples:,} |
+| tokens seen | {manifest.tokens:,} (positions, padding included) |
+| corpus fingerprint | `{manifest.corpus}` |
+| sharding backend | {manifest.recipe["backend"]} |
+| versions | {versions} |
+
+## Intended use
+
+Research on biomedical text, and a starting point for fine-tuning. It is a base model: it continues text and
+has not been taught to follow instructions. It makes mistakes with confidence, may repeat errors and personal
+data of its sources, and has not been tested for safety. Do not use it for medical advice or clinical
+decisions.
+
+## Tokenizer
+
+`AutoTokenizer` gives exactly the ids of the SentencePiece model beside it, `{TOKENIZER}`. Characters such as
+`</s>` in a text are text; pass `split_special_tokens=False` to have them read as control tokens.
+
+## Licence
+
+{licence} The papers of the corpus have licences of their own.
+
+## Recipe
+
+```yaml
+{yaml.safe_dump(manifest.recipe, sort_keys=False).rstrip()}
+```
+"""
+
+
+class _Progress(DefaultLoadPlanner):
+    """The default planner, printing a line with rate and ETA every few seconds as pieces are read."""
+
+    def __init__(self, total: int) -> None:
+        super().__init__()
+        self.total = total
+        self.done = 0
+        self._start = self._told = time.monotonic()
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Count a piece that has been read and rounded."""
+        self.done += tensor.nbytes
+        now = time.monotonic()
+        if now - self._told >= _TELL_SECONDS or self.done == self.total:
+            self._told = now
+            rate = self.done / max(now - self._start, 1e-9)
+            print(
+                f"export: {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, {rate / 1e6:,.0f} MB/s, "
+                f"{(self.total - self.done) / rate:.0f} s left",
+                flush=True,
+            )
+
+
+def _synchronize(directory: Path) -> None:
+    """Have every byte of the directory on disk before its name says that it is complete."""
+    for path in (*directory.iterdir(), directory):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

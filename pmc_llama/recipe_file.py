@@ -1,0 +1,240 @@
+"""From a recipe file and command-line options to a checked `Recipe`.
+
+jsonargparse reads and converts; the sentences about what is wrong are written here, because a key that nobody
+knows or a value of the wrong kind is the most common mistake in a run.
+"""
+
+import argparse
+import difflib
+import glob
+import json
+import math
+import os
+import re
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from data_tools.errors import UserError
+from pmc_llama.config import Recipe
+
+Check = tuple[Callable[[Any], bool], str]
+
+_ONE_OR_MORE: Check = (lambda value: value >= 1, "1 or more")
+_ZERO_OR_MORE: Check = (lambda value: 0 <= value < math.inf, "0 or more")
+_ABOVE_ZERO: Check = (lambda value: 0 < value < math.inf, "above 0")
+_FRACTION: Check = (lambda value: 0 <= value <= 1, "between 0 and 1")
+_DECAY: Check = (lambda value: 0 <= value < 1, "0 or more and below 1")
+
+CHECKS: dict[str, Check] = {
+    "seed": _ZERO_OR_MORE,
+    "model.vocab_size": _ONE_OR_MORE,
+    "data.sequence_length": _ONE_OR_MORE,
+    "batch.global_size": _ONE_OR_MORE,
+    "batch.micro_size": _ONE_OR_MORE,
+    "schedule.epochs": _ABOVE_ZERO,
+    "schedule.steps": _ONE_OR_MORE,
+    "schedule.warmup_ratio": _FRACTION,
+    "schedule.final_learning_rate_ratio": _FRACTION,
+    "optimizer.learning_rate": _ABOVE_ZERO,
+    "optimizer.beta1": _DECAY,
+    "optimizer.beta2": _DECAY,
+    "optimizer.epsilon": _ABOVE_ZERO,
+    "optimizer.weight_decay": _ZERO_OR_MORE,
+    "optimizer.max_grad_norm": _ABOVE_ZERO,
+    "checkpoint.every_steps": _ONE_OR_MORE,
+    "checkpoint.keep_last": _ONE_OR_MORE,
+    "checkpoint.keep_every": _ZERO_OR_MORE,
+    "evaluation.every_steps": _ONE_OR_MORE,
+    "evaluation.max_sequences": _ONE_OR_MORE,
+    "logging.every_steps": _ONE_OR_MORE,
+}
+
+_KINDS = {int: "a whole number", float: "a number", str: "text", Path: "a path", types.NoneType: "null"}
+
+
+class RecipeParser(ArgumentParser):
+    """All keys of a recipe as options, `--section.key`, over the values of a recipe file.
+
+    Args:
+        prog: the command with its program, for the usage line.
+        path: the recipe file; None for `--help` alone.
+        description: of the command.
+
+    Raises:
+        UserError: the file cannot be read, is not a recipe, or has an unknown key.
+    """
+
+    def __init__(self, prog: str, path: Path | None, description: str) -> None:
+        self._path = path
+        self._in_file: dict[str, Any] = dict(_leaves(_read(path))) if path else {}
+        self._in_options: dict[str, str] = {}
+        files: list[str | os.PathLike[Any]] = [glob.escape(str(path))] if path else []  # it takes patterns
+        super().__init__(
+            usage=f"{prog} RECIPE [--section.key VALUE ...] [OPTION ...]",
+            description=description,
+            default_config_files=files,
+            allow_abbrev=False,
+            print_config=None,  # its own would print the options of the command, too
+        )
+        self.add_argument("RECIPE", help="recipe file (YAML); options change single values of it")
+        self.add_class_arguments(Recipe)
+        for action in self._actions:
+            if action.dest in SECTIONS:  # a whole section in one option: not something to type
+                action.help = argparse.SUPPRESS
+
+    def read(self, arguments: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
+        """Parse and check.
+
+        Args:
+            arguments: the recipe file, then options.
+
+        Returns:
+            The recipe, and the values of options that belong to the command and not to the recipe.
+
+        Raises:
+            UserError: an option is unknown, or a value is of the wrong kind or out of range.
+        """
+        self._check_options(arguments)
+        self._in_options = _given(arguments)
+        for key, value in self._in_file.items():
+            if value is None and types.NoneType not in get_args(RECIPE_KEYS[key]):
+                self._refuse(key)  # jsonargparse takes null for any key
+        values = vars(self.instantiate(self.parse_args(list(arguments))))
+        recipe = Recipe(**{field.name: values[field.name] for field in fields(Recipe)})
+        check(recipe)
+        return recipe, values
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say in one sentence which value is wrong, instead of printing the usage."""
+        found = re.search(r'key "([^"]+)"', message)
+        if found is None or found[1] not in RECIPE_KEYS:
+            raise UserError(" ".join(message.split())) from ex
+        self._refuse(found[1], ex)
+
+    def _refuse(self, key: str, cause: Exception | None = None) -> NoReturn:
+        if key in self._in_options:
+            where, value = f"option --{key}", repr(self._in_options[key])
+        else:
+            where, value = f"{self._path}: {key}", json.dumps(self._in_file.get(key), default=str)
+        raise UserError(f"{where} is {value}, expected {_kind(RECIPE_KEYS[key])}") from cause
+
+    def _check_options(self, arguments: Sequence[str]) -> None:
+        options = [option for action in self._actions for option in action.option_strings]
+        known = [option for option in options if option.removeprefix("--") not in SECTIONS]
+        for argument in arguments:
+            name = argument.partition("=")[0]
+            if name.startswith("--") and name not in known:
+                raise UserError(f"unknown option {name}{_nearest(name, known)}")
+
+
+def recipe_path(arguments: Sequence[str]) -> Path | None:
+    """The recipe file among the arguments of a command, where it comes first; None when there is none."""
+    return Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
+
+
+def check(recipe: Recipe) -> None:
+    """Check what the recipe alone decides: that every number is in its range and the batch can be cut.
+
+    Raises:
+        UserError: names the first key that is out of its range.
+    """
+    for key, (holds, range_) in CHECKS.items():
+        section, _, name = key.rpartition(".")
+        value = getattr(getattr(recipe, section) if section else recipe, name)
+        if value is not None and not holds(value):
+            raise UserError(f"{key} is {value}, expected {range_}")
+    batch = recipe.batch
+    if batch.global_size % batch.micro_size:
+        raise UserError(
+            f"batch.global_size is {batch.global_size}, expected a multiple of batch.micro_size, "
+            f"{batch.micro_size}"
+        )
+
+
+def _leaf_types(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a recipe, dotted, with its type."""
+    for name, kind in get_type_hints(section).items():
+        if is_dataclass(kind) and isinstance(kind, type):
+            yield from _leaf_types(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name, kind
+
+
+RECIPE_KEYS: dict[str, Any] = dict(_leaf_types(Recipe))
+SECTIONS = {key.partition(".")[0] for key in RECIPE_KEYS if "." in key}
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, Mapping):
+        raise UserError(
+            f"recipe {path} holds {json.dumps(values, default=str)}, expected sections such as model and data"
+        )
+    for section, value in values.items():
+        _check_keys(path, str(section), value)
+    return values
+
+
+def _check_keys(path: Path, section: str, value: Any) -> None:
+    """Every key is known, and sections are sections."""
+    if section not in SECTIONS:
+        if section not in RECIPE_KEYS:
+            raise UserError(f"{path}: unknown key {section}{_nearest(section, [*RECIPE_KEYS, *SECTIONS])}")
+        return
+    if not isinstance(value, Mapping):
+        keys = [key.partition(".")[2] for key in RECIPE_KEYS if key.startswith(f"{section}.")]
+        found = json.dumps(value, default=str)
+        raise UserError(f"{path}: {section} is {found}, expected a section with {', '.join(keys)}")
+    for name in value:
+        if (key := f"{section}.{name}") not in RECIPE_KEYS:
+            raise UserError(f"{path}: unknown key {key}{_nearest(key, list(RECIPE_KEYS))}")
+
+
+def _leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The keys of a recipe file, dotted, with their values."""
+    for section, value in values.items():
+        if section in SECTIONS:
+            yield from ((f"{section}.{name}", entry) for name, entry in value.items())
+        else:
+            yield section, value
+
+
+def _given(arguments: Sequence[str]) -> dict[str, str]:
+    """The values of options as they were typed: `--key=value` or `--key value`."""
+    given = {}
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--"):
+            given[name] = value if equals else following
+    return given
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """Advice naming the known name that is most like `name`, if any is."""
+    by_name = {option.removeprefix("--"): option for option in known}
+    by_last_part = {option.rpartition(".")[2]: option for option in by_name.values()}  # without its section
+    name = name.removeprefix("--")
+    for names, wanted in ((by_name, name), (by_last_part, name.rpartition(".")[2])):
+        if near := difflib.get_close_matches(wanted, names, n=1):
+            return f"; the nearest valid one is {names[near[0]]}"
+    return "; see --help"
+
+
+def _kind(annotation: Any) -> str:
+    """A type in words."""
+    if get_origin(annotation) is Literal:
+        return f"one of {', '.join(get_args(annotation))}"
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " or ".join(_kind(part) for part in get_args(annotation))
+    return _KINDS[annotation]

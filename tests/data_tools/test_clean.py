@@ -1,0 +1,81 @@
+"""The training text: title, abstract, headings, paragraphs; white space and controls; what is dropped."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_tools.clean import normalize_text, training_text
+from data_tools.papers import Block, Paper, Source
+from data_tools.readers.citations import close_gaps
+
+TEXTS = st.text(alphabet=st.characters(), max_size=60)
+BLOCKS = st.lists(st.builds(Block, TEXTS, st.integers(0, 8)), max_size=8)
+
+
+def paper(title: str = "T", abstract: tuple[str, ...] = (), sections: tuple[Block, ...] = ()) -> Paper:
+    return Paper(Source("x", 1), None, None, None, None, title, abstract, sections, None, False)
+
+
+def test_the_format_is_headings_and_paragraphs_with_empty_lines_between() -> None:
+    text = training_text(
+        paper("Title", ("One.", "Two."), (Block("Methods", 1), Block("a"), Block("Sub", 2), Block("b")))
+    )
+    assert text == "# Title\n\n## Abstract\n\nOne.\n\nTwo.\n\n## Methods\n\na\n\n### Sub\n\nb"
+
+
+def test_a_title_alone_is_no_text() -> None:
+    assert training_text(paper("Title", ("  ",), (Block("Methods", 1), Block(" \n")))) == ""
+
+
+@pytest.mark.parametrize(
+    "heading", ["References", "5. REFERENCES:", "VI Acknowledgements", "Authors\u2019 contributions"]
+)
+def test_sections_of_names_and_references_are_dropped_up_to_the_next_of_their_depth(heading: str) -> None:
+    sections = (
+        Block("A", 1),
+        Block("a"),
+        Block(heading, 2),
+        Block("dropped"),
+        Block("below it", 3),
+        Block("dropped"),
+        Block("B", 2),
+        Block("b"),
+    )
+    text = training_text(paper(sections=sections))
+    assert text == "# T\n\n## A\n\na\n\n### B\n\nb"
+
+
+@pytest.mark.parametrize(
+    "heading", ["Reference values in infants", "References to prior work", "Mixture", "Civil law"]
+)
+def test_headings_that_only_begin_like_them_are_kept(heading: str) -> None:
+    assert training_text(paper(sections=(Block(heading, 1), Block("kept")))) == f"# T\n\n## {heading}\n\nkept"
+
+
+def test_a_heading_that_nothing_follows_is_dropped() -> None:
+    sections = (Block("A", 1), Block("a"), Block("B", 1), Block("C", 2))
+    assert training_text(paper(sections=sections)) == "# T\n\n## A\n\na"
+
+
+def test_unicode_stays_controls_go_surrogates_are_replaced() -> None:
+    assert (
+        normalize_text(" \u03b1\u00a0\t\nβ²\u2009ﬁ \x07\x00x\ud835y\x7f\u200b ")
+        == "\u03b1 β² ﬁ x\ufffdy\u200b"
+    )
+
+
+@given(title=TEXTS, abstract=st.lists(TEXTS, max_size=3), sections=BLOCKS)
+def test_any_paper_gives_encodable_text_of_single_lines(
+    title: str, abstract: list[str], sections: list[Block]
+) -> None:
+    text = training_text(paper(title, tuple(abstract), tuple(sections)))
+    text.encode()
+    lines = text.split("\n\n")
+    assert all(line == " ".join(line.split()) for line in lines)
+    assert all(line for line in lines) or text == ""
+
+
+@given(TEXTS)
+def test_text_without_markers_is_left_alone(text: str) -> None:
+    text = text.replace("\x00", "")
+    assert close_gaps(text) == text

@@ -1,0 +1,157 @@
+"""The commands: what they show, and one sentence with status 2 for everything a user can mend."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data_tools.cli import main
+from tests.data_tools.sources import simple_record, write_jsonl
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def assert_refused(result: tuple[int, str, str], message: str) -> None:
+    status, _, error = result
+    assert status == 2
+    sentence = error.strip().splitlines()[-1]
+    assert sentence.startswith("pmc-data: ")
+    assert message in sentence
+    assert sentence.endswith(".")
+    assert "Traceback" not in error
+
+
+@pytest.fixture
+def papers(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "papers.jsonl", [simple_record(number) for number in range(5)])
+
+
+@pytest.fixture
+def copy(tiny_corpus: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_corpus, tmp_path / "copy"))
+
+
+def test_build_says_what_was_kept_and_where(
+    papers: Path, tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with papers.open("a") as file:
+        file.write("broken\n")
+    output = tmp_path / "corpus"
+    status, out, error = run(
+        capsys, "build", "--input", papers, "--tokenizer", tiny_tokenizer, "--output", output, "--workers", 1
+    )
+    assert status == 0
+    assert "broken_json" in out
+    assert f"The corpus is in {output}" in out
+    assert "100%" in error
+    assert json.loads((output / "corpus.json").read_bytes())["counts"]["kept"] == 5
+
+
+def test_build_refuses_what_is_not_there_or_not_readable(
+    papers: Path, tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def built(source: Path, tokenizer: Path = tiny_tokenizer) -> tuple[int, str, str]:
+        output = tmp_path / "corpus"
+        result = run(capsys, "build", "--input", source, "--tokenizer", tokenizer, "--output", output)
+        assert not output.exists()
+        return result
+
+    assert_refused(built(tmp_path / "nowhere"), "nowhere does not exist")
+    (tmp_path / "empty").mkdir()
+    assert_refused(built(tmp_path / "empty"), "nothing to read")
+    (tmp_path / "empty.jsonl").touch()
+    assert_refused(built(tmp_path / "empty.jsonl"), "No paper is left")
+    (tmp_path / "x.jsonl.gz").write_bytes(b"\x1f\x8b\x08\x00 cut")
+    assert_refused(built(tmp_path / "x.jsonl.gz"), "not a readable gzip")
+    (tmp_path / "paper.pdf").touch()
+    assert_refused(built(tmp_path / "paper.pdf"), "No reader knows paper.pdf")
+    assert_refused(built(papers, tokenizer=papers), "is not a SentencePiece model")
+    assert_refused(built(papers, tokenizer=tmp_path / "none"), "cannot be read")
+
+
+def test_options_out_of_range_are_refused_with_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for option, value in (("--heldout", "1"), ("--heldout", "-0.1"), ("--workers", "0"), ("--workers", "x")):
+        with pytest.raises(SystemExit) as exit_:
+            main(["build", "--input", "a", "--tokenizer", "b", "--output", "c", option, value])
+        assert exit_.value.code == 2
+        assert option in capsys.readouterr().err
+
+
+def test_inspect_shows_the_paper_its_tokens_and_its_text(
+    tiny_corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = run(capsys, "inspect", tiny_corpus, "--document", 3)
+    assert status == 0
+    for expected in ("Article 3", "PMC5003", "PMC5003.xml:1", "first ids", "## Background", "## Discussion"):
+        assert expected in out
+    for hidden in ("Lovelace", "Menabrea", "Babbage", "Running head"):
+        assert hidden not in out
+
+
+def test_every_document_can_be_inspected_and_no_other(
+    tiny_corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = set()
+    for number in range(60):
+        status, out, _ = run(capsys, "inspect", tiny_corpus, "--document", number)
+        assert status == 0
+        seen.add(next(line for line in out.splitlines() if "PMC id" in line))
+    assert len(seen) == 60
+    for number in (60, -1):
+        assert_refused(run(capsys, "inspect", tiny_corpus, "--document", number), "it has 0 to 59")
+
+
+def test_stats_counts_splits_tokens_and_licences(
+    tiny_corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = run(capsys, "stats", tiny_corpus)
+    assert status == 0
+    for expected in ("train", "heldout", "median", "CCBY", "none stated", "kept"):
+        assert expected in out
+
+
+def test_verify_passes_a_sound_corpus(tiny_corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "verify", tiny_corpus)
+    assert status == 0
+    assert "60 documents" in out
+
+
+def test_verify_names_the_file_in_which_any_byte_changed(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [path for path in copy.rglob("*") if path.is_file() and path.suffix != ".json"]
+    assert len(files) == 3 * 3 + 3
+    for path in files:
+        content = path.read_bytes()
+        for place in (0, len(content) // 2, len(content) - 1):
+            damaged = bytearray(content)
+            damaged[place] ^= 0x20
+            path.write_bytes(damaged)
+            assert_refused(run(capsys, "verify", copy), path.name)
+        path.write_bytes(content)
+    assert run(capsys, "verify", copy)[0] == 0
+
+
+def test_every_command_on_a_corpus_refuses_another_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("inspect", "stats", "verify"):
+        for directory in (tmp_path, tmp_path / "nowhere"):
+            assert_refused(run(capsys, command, directory), "is not a corpus")
+
+
+def test_an_interruption_is_said_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tiny_corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(directory: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data_tools.cli.verify", interrupt)
+    status, _, error = run(capsys, "verify", tiny_corpus)
+    assert status == 130
+    assert error == "pmc-data: interrupted; finished parts are kept, the same command goes on.\n"

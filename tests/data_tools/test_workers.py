@@ -1,0 +1,56 @@
+"""Tasks on processes: results in order, errors at once, nothing left behind."""
+
+import os
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from data_tools.errors import UserError
+from data_tools.workers import run
+
+Report = Callable[[int, int], None]
+
+
+def _square(task: int, report: Report) -> tuple[int, int]:
+    report(task, 10 * task)
+    return task * task, os.getpid()
+
+
+def _die_at_three(task: int, report: Report) -> int:
+    if task == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return task
+
+
+def _refuse(task: int, report: Report) -> int:
+    raise UserError(f"no {task}")
+
+
+def _fail(task: int, report: Report) -> int:
+    raise ZeroDivisionError("a bug")
+
+
+@pytest.mark.parametrize("workers", [1, 3, 20])
+def test_results_and_final_reports_come_for_every_task_in_order(workers: int) -> None:
+    reports: dict[int, tuple[int, int]] = {}
+    found = run(_square, list(range(9)), workers, lambda task, *state: reports.update({task: state}))
+    assert [square for square, _ in found] == [task * task for task in range(9)]
+    assert reports == {task: (task, 10 * task) for task in range(9)}
+    assert (os.getpid() in {process for _, process in found}) == (workers == 1)
+
+
+def test_a_killed_worker_is_one_sentence_and_no_hang() -> None:
+    with pytest.raises(UserError, match=r"exit code -9.*fewer --workers"):
+        run(_die_at_three, list(range(9)), 2, lambda *_: None)
+
+
+def test_an_error_of_a_task_is_the_error_of_the_run() -> None:
+    for workers in (1, 2):
+        with pytest.raises(UserError, match=r"^no [01]$"):
+            run(_refuse, [0, 1], workers, lambda *_: None)
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match=r"_fail[\s\S]*ZeroDivisionError: a bug"):
+        run(_fail, [0, 1], 2, lambda *_: None)

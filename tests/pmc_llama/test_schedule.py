@@ -1,0 +1,46 @@
+"""The learning rate rises, peaks, falls; a run has the steps that its recipe asks for."""
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pmc_llama.config import ScheduleConfig
+from pmc_llama.schedule import learning_rate, total_steps
+
+PEAK = 2e-5
+schedules = st.builds(
+    ScheduleConfig,
+    warmup_ratio=st.floats(0, 1),
+    final_learning_rate_ratio=st.floats(0, 1),
+)
+
+
+@given(schedules, st.integers(1, 500))
+def test_the_rate_rises_to_the_peak_and_then_falls_to_the_floor(schedule: ScheduleConfig, steps: int) -> None:
+    rates = [learning_rate(step, steps, PEAK, schedule) for step in range(1, steps + 1)]
+    warmup = math.ceil(schedule.warmup_ratio * steps)
+    assert all(0 <= rate <= PEAK * (1 + 1e-12) for rate in rates)
+    assert rates[:warmup] == sorted(rates[:warmup])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    if warmup:
+        assert rates[warmup - 1] == PEAK
+    if warmup < steps:
+        assert math.isclose(rates[-1], PEAK * schedule.final_learning_rate_ratio, abs_tol=1e-18)
+
+
+def test_the_paper_makes_187_500_steps() -> None:
+    schedule = ScheduleConfig(epochs=5)
+    assert total_steps(schedule, samples_per_epoch=4_800_000, global_size=128) == 187_500
+
+
+@given(st.floats(0.1, 10), st.integers(1, 10_000), st.integers(1, 512))
+def test_the_steps_cover_the_epochs_and_not_a_step_more(
+    epochs: float, samples: int, global_size: int
+) -> None:
+    steps = total_steps(ScheduleConfig(epochs=epochs), samples, global_size)
+    assert (steps - 1) * global_size < epochs * samples <= steps * global_size
+
+
+def test_given_steps_decide() -> None:
+    assert total_steps(ScheduleConfig(epochs=9, steps=3), 1000, 10) == 3

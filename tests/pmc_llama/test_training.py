@@ -1,0 +1,333 @@
+"""Whole runs by the command line, on real ranks: killed, resumed, switched, and refused in words."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from data_tools.build import build
+from data_tools.clean import TEXT_RULES
+from data_tools.corpus import Corpus
+from data_tools.manifest import Options
+from pmc_llama import cli
+from tests.data_tools.sources import simple_record, write_jsonl
+from tests.pmc_llama.small import odd_config
+
+BIN = Path(sys.executable).parent
+RECIPES = Path(__file__).parents[2] / "recipes"
+STEPS = 24
+# What must not change by a bit when a run is interrupted or its backend switched.
+NUMBERS = ("step", "samples", "tokens", "loss", "learning_rate", "heldout_loss")
+
+
+@pytest.fixture(scope="module")
+def options(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A model of odd shapes on the small corpus, a few dozen steps, checkpoints on the way."""
+    size = tmp_path_factory.mktemp("model") / "config.json"
+    config = odd_config()
+    config.vocab_size = Corpus.open(tiny_corpus).vocab_size
+    config.to_json_file(size)
+    return {
+        "--model.size": str(size),
+        "--data.corpus": str(tiny_corpus),
+        "--data.mode": "packed",
+        "--data.sequence_length": "32",
+        "--batch.global_size": "8",
+        "--batch.micro_size": "2",
+        "--schedule.steps": str(STEPS),
+        "--schedule.warmup_ratio": "0.2",
+        "--optimizer.learning_rate": "0.003",
+        "--checkpoint.every_steps": "8",
+        "--evaluation.every_steps": "8",
+        "--evaluation.max_sequences": "9",
+    }
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe that says nothing: every value comes from an option."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("seed: 3\n")
+    return path
+
+
+def _arguments(recipe: Path, options: dict[str, str], *more: str) -> list[str]:
+    return [str(recipe), *(word for pair in options.items() for word in pair), *more]
+
+
+def _start(arguments: list[str]) -> subprocess.Popen[str]:
+    command = [
+        BIN / "torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--module",
+        "pmc_llama.cli",
+        "train",
+    ]
+    return subprocess.Popen(
+        [*command, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def _finish(arguments: list[str]) -> str:
+    process = _start(arguments)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+def _kill_after(checkpoint: Path, arguments: list[str]) -> None:
+    """Start a run and SIGKILL every process of it as soon as `checkpoint` is published."""
+    process = _start(arguments)
+    deadline = time.monotonic() + 240
+    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.002)
+    launcher = psutil.Process(process.pid)
+    for each in [launcher, *launcher.children(recursive=True)]:
+        each.kill()
+    output, _ = process.communicate()
+    assert checkpoint.exists(), output
+
+
+def _numbers(run: Path) -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{key: record[key] for key in NUMBERS} for record in map(json.loads, lines)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(options: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    recipe = directory / "recipe.yaml"
+    recipe.write_text("seed: 3\n")
+    for backend in ("deepspeed", "fsdp"):
+        output = str(directory / backend)
+        _finish(_arguments(recipe, options, "--backend", backend, "--output", output))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), [("deepspeed", "deepspeed"), ("fsdp", "fsdp"), ("deepspeed", "fsdp")]
+)
+def test_a_run_killed_and_resumed_has_the_numbers_of_one_that_never_was(
+    uninterrupted: Path, options: dict[str, str], recipe: Path, tmp_path: Path, first: str, then: str
+) -> None:
+    run = tmp_path / "run"
+    arguments = _arguments(recipe, options, "--output", str(run), "--resume")
+    _kill_after(run / "checkpoints" / "step-00000008", [*arguments, "--backend", first])
+    assert len(_numbers(run)) < STEPS, "the kill came too late to mean anything"
+    output = _finish([*arguments, "--backend", then])
+    assert "starting after step 8" in output or "starting after step 16" in output
+    assert _numbers(run) == _numbers(uninterrupted / first)
+    assert _numbers(run) == _numbers(uninterrupted / then)
+
+
+def test_a_run_lowers_its_losses_and_leaves_its_records(uninterrupted: Path) -> None:
+    for backend in ("deepspeed", "fsdp"):
+        run = uninterrupted / backend
+        numbers = _numbers(run)
+        assert [record["step"] for record in numbers] == list(range(1, STEPS + 1))
+        assert numbers[-1]["loss"] < numbers[0]["loss"]
+        heldout = [record["heldout_loss"] for record in numbers if record["heldout_loss"] is not None]
+        assert len(heldout) == 4  # after steps 1, 8, 16 and 24
+        assert heldout[-1] < heldout[0]
+        assert list(run.rglob("events.out.tfevents.*"))
+        assert (run / "recipe.yaml").is_file()
+        assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [
+            "step-00000016",
+            "step-00000024",
+        ]
+
+
+def test_a_finished_run_says_so_and_trains_no_more(
+    uninterrupted: Path, options: dict[str, str], recipe: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted / "fsdp", run)
+    before = _numbers(run)
+    output = _finish(_arguments(recipe, options, "--backend", "fsdp", "--output", str(run), "--resume"))
+    assert "nothing is left to train" in output
+    assert _numbers(run) == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(
+    uninterrupted: Path, options: dict[str, str], recipe: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted / "fsdp", run)
+    file = run / "checkpoints" / "step-00000024" / "__1_0.distcp"
+    file.write_bytes(file.read_bytes()[:-10])
+    output = _finish(_arguments(recipe, options, "--backend", "fsdp", "--output", str(run), "--resume"))
+    assert "step-00000024 is damaged: __1_0.distcp" in output
+    assert "starting after step 16" in output
+    assert _numbers(run) == _numbers(uninterrupted / "fsdp")
+
+
+@pytest.mark.parametrize("backend", ["deepspeed", "fsdp"])
+def test_the_7b_recipe_runs_with_the_demo_model(tiny_corpus: Path, tmp_path: Path, backend: str) -> None:
+    run = tmp_path / "run"
+    output = _finish(
+        [
+            *(str(RECIPES / "pretrain_7b.yaml"), "--backend", backend, "--output", str(run)),
+            *("--model.size", "demo", "--model.initialize_from", "null", "--data.corpus", str(tiny_corpus)),
+            *("--batch.global_size", "16", "--schedule.steps", "2"),
+        ]
+    )
+    assert "step 2/2" in output
+    assert (run / "checkpoints" / "step-00000002" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("backend", ["deepspeed", "fsdp"])
+def test_hugging_face_weights_go_into_the_masters_and_out_again_unchanged(
+    options: dict[str, str], recipe: Path, tmp_path: Path, backend: str
+) -> None:
+    config = odd_config()
+    config.vocab_size = Corpus.open(options["--data.corpus"]).vocab_size
+    torch.manual_seed(5)
+    source = LlamaForCausalLM(config).half()
+    source.save_pretrained(tmp_path / "source", max_shard_size="50KB")
+    assert len(list((tmp_path / "source").glob("*.safetensors"))) > 1
+    still = {**options, "--schedule.steps": "1", "--optimizer.learning_rate": "1e-30"}
+    first = ("--model.initialize_from", str(tmp_path / "source"), "--output", str(tmp_path / "run"))
+    _finish(_arguments(recipe, still, "--backend", backend, *first))
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--dtype", "fp32"]) == 0
+    found = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(found[name], tensor.float()), name
+    assert all(
+        t.dtype == torch.float32
+        for f in (tmp_path / "out").glob("*.safetensors")
+        for t in load_file(f).values()
+    )
+
+
+def test_mpirun_starts_ranks_that_find_each_other(
+    options: dict[str, str], recipe: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    run = tmp_path / "run"
+    clean = {
+        key: value for key, value in os.environ.items() if not key.startswith(("MASTER_", "RANK", "WORLD_"))
+    }
+    arguments = _arguments(recipe, options, "--backend", "deepspeed", "--output", str(run))
+    result = subprocess.run(
+        [BIN / "mpiexec", "-n", "2", BIN / "pmc-llama", "train", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**clean, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert _numbers(run) == _numbers(uninterrupted / "deepspeed")
+
+
+# --- refusals: one process, one sentence, status 2 ---------------------------------------------------------
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+REFUSED = {
+    "a corpus that is not there": ({"--data.corpus": "nowhere"}, "nowhere"),
+    "a batch that does not divide": ({"--batch.global_size": "7"}, "batch.global_size is 7"),
+    "sequences longer than the model": ({"--data.sequence_length": "4096"}, "data.sequence_length is 4096"),
+    "a vocabulary below the tokenizer's": ({"--model.vocab_size": "5"}, "model.vocab_size is 5"),
+    "weights that are not there": ({"--model.initialize_from": "no-model"}, "no-model"),
+    "a size that is not known": ({"--model.size": "8b"}, "model.size: 8b"),
+    "a checkpoint that is none": ({"--resume": "no-checkpoint"}, "no-checkpoint is not a checkpoint"),
+    "an unknown option": ({"--optimizer.learning_rat": "1"}, "optimizer.learning_rate"),
+}
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_run_is_refused_in_one_sentence(
+    options: dict[str, str], recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], case: str
+) -> None:
+    change, expected = REFUSED[case]
+    arguments = _arguments(
+        recipe, {**options, **change}, "--backend", "fsdp", "--output", str(tmp_path / "run")
+    )
+    assert cli.main(["train", *arguments]) == 2
+    sentence = capfd.readouterr().err.strip().splitlines()
+    assert [line for line in sentence if line.startswith("error: ")] == sentence[-1:]
+    assert expected in sentence[-1]
+    assert "Traceback" not in "\n".join(sentence)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, "already holds checkpoints"),
+        ({"--resume": "latest", "--seed": "4"}, "seed is 4, but the checkpoint was made with 3"),
+        ({"--resume": "latest", "--data.sequence_length": "16"}, "data.sequence_length is 16"),
+        ({"--resume": "latest", "--model.size": "demo"}, "hidden_size"),
+    ],
+)
+def test_a_run_is_not_resumed_as_another(
+    uninterrupted: Path,
+    options: dict[str, str],
+    recipe: Path,
+    capfd: pytest.CaptureFixture[str],
+    change: dict[str, str],
+    expected: str,
+) -> None:
+    run = uninterrupted / "fsdp"
+    before = _numbers(run)
+    arguments = _arguments(recipe, {**options, **change}, "--backend", "fsdp", "--output", str(run))
+    assert cli.main(["train", *arguments]) == 2
+    assert expected in capfd.readouterr().err
+    assert _numbers(run) == before
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_run_is_not_resumed_on_another_corpus(
+    uninterrupted: Path,
+    options: dict[str, str],
+    recipe: Path,
+    tiny_tokenizer: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    write_jsonl(tmp_path / "papers.jsonl", [simple_record(number, words=60) for number in range(12)])
+    other = tmp_path / "corpus"
+    build([tmp_path / "papers.jsonl"], tiny_tokenizer, other, Options(TEXT_RULES, True, 0.1), workers=1)
+    changed = {**options, "--data.corpus": str(other), "--resume": "latest"}
+    run = str(uninterrupted / "fsdp")
+    assert cli.main(["train", *_arguments(recipe, changed, "--backend", "fsdp", "--output", run)]) == 2
+    assert "fingerprint" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_truncated_token_file_is_refused_before_training(
+    options: dict[str, str], recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "corpus"
+    shutil.copytree(options["--data.corpus"], corpus)
+    file = next((corpus / "parts").glob("*.bin"))
+    file.write_bytes(file.read_bytes()[:-2])
+    changed = {**options, "--data.corpus": str(corpus)}
+    run = tmp_path / "run"
+    assert cli.main(["train", *_arguments(recipe, changed, "--backend", "fsdp", "--output", str(run))]) == 2
+    assert file.name in capfd.readouterr().err
+    assert not run.exists()
