@@ -102,16 +102,18 @@ def _add_build(command: argparse.ArgumentParser) -> None:
 
 
 def _positive(value: str) -> int:
-    number = int(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return number
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a whole number of at least 1")
+    return int(value)
 
 
 def _fraction(value: str) -> float:
-    number = float(value)
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
     if not 0 <= number < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 0 and below 1")
+        raise argparse.ArgumentTypeError(f"{value} is not a number of at least 0 and below 1")
     return number
 
 

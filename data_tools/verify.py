@@ -12,7 +12,7 @@ from data_tools.files import checksum
 from data_tools.finalize import table_path
 from data_tools.manifest import FileInfo
 from data_tools.token_files import TokenFile
-from data_tools.tokenizer import Tokenizer
+from data_tools.tokenizer import Tokenizer, Tokens
 
 _SAMPLES_A_PART = 16
 
@@ -90,18 +90,24 @@ def _check_part(corpus: Corpus, number: int, tokenizer: Tokenizer) -> tuple[int,
         documents = np.unique(np.linspace(0, len(tokens.lengths) - 1, _SAMPLES_A_PART).astype(int)).tolist()
         if not len(tokens.lengths):
             return 0, 0
-        same = [
-            _check_document(tokens, document, tokenizer, table["text_hash"][document].as_py())
-            for document in documents
-        ]
+        same = []
+        for document in documents:
+            text = _decode(tokens.document(document), tokenizer)
+            if text is None:
+                raise UserError(
+                    f"Document {document} of {prefix}.bin is not what its tokenizer makes of its text."
+                )
+            same.append(text_hash(text) == table["text_hash"][document].as_py())
     return len(same), sum(same)
 
 
-def _check_document(tokens: TokenFile, document: int, tokenizer: Tokenizer, hashed: bytes) -> bool:
-    """Whether a document decodes to the text that was read; it must in any case encode to the same ids."""
-    ids = tokens.document(document)
+def _decode(ids: Tokens, tokenizer: Tokenizer) -> str | None:
+    """The text of a document, or None when the text does not encode to the same ids again.
+
+    Ids that stand for pieces unknown to the tokenizer cannot come back and are not asked to.
+    """
     text = tokenizer.decode(ids[:-1])
-    lossy = tokenizer.unk in ids
-    if ids[-1] != tokenizer.eos or not (lossy or np.array_equal(tokenizer.encode_document(text), ids)):
-        raise UserError(f"Document {document} of {tokens} is not what its tokenizer makes of its text.")
-    return text_hash(text) == hashed
+    if ids[-1] != tokenizer.eos:
+        return None
+    same = tokenizer.unk in ids or np.array_equal(tokenizer.encode_document(text), ids)
+    return text if same else None

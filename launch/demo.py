@@ -3,6 +3,7 @@
 Every stage is a command that a user would type; this file only types them in order and checks what came out.
 """
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch.nn import functional
 from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers.utils import logging
 
 from data_tools.corpus import Corpus
 from pmc_llama.checkpoint import list_checkpoints
@@ -57,9 +58,11 @@ def stage(title: str) -> None:
 
 
 def run(program: str, *arguments: str) -> None:
-    """Run a command of the environment that this interpreter is of; a failure ends the demo with its status."""
+    """Run a command of this interpreter's environment; a failure ends the demo with its status."""
     console.print(f"[bold green]$[/] {shlex.join([program, *arguments])}")
-    status = subprocess.run([Path(sys.executable).parent / program, *arguments], check=False).returncode
+    command = [Path(sys.executable).parent / program, *arguments]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # a core for each rank; torchrun warns without it
+    status = subprocess.run(command, check=False, env=environment).returncode
     if status:
         console.print(f"[red]the demo stops: the command above ended with status {status}")
         sys.exit(status)
@@ -80,6 +83,7 @@ def go_on_under_fsdp() -> float:
 
 def heldout_loss_of_export() -> float:
     """Mean held-out loss, in nats a token, of the exported model as transformers computes it."""
+    logging.disable_progress_bar()
     model = LlamaForCausalLM.from_pretrained(OUTPUT / "model", dtype=torch.bfloat16).eval()
     heldout = Corpus.open(OUTPUT / "corpus").split("heldout")
     summed, targets = 0.0, 0
@@ -96,23 +100,27 @@ def heldout_loss_of_export() -> float:
 def show_result(trained_on: float, reloaded: float, seconds: float) -> None:
     """The last screen; ends with status 1 when the export does not score as the trainer did."""
     difference = abs(reloaded - trained_on)
-    table = Table(title=f"made in {seconds:.0f} s", title_justify="left", show_header=False)
-    table.add_row("token files", f"{OUTPUT}/corpus", f"pmc-data stats {OUTPUT}/corpus")
-    table.add_row("comparison", f"{OUTPUT}/compare/report.md", f"picture: {OUTPUT}/compare/losses.png")
-    table.add_row("run", f"{OUTPUT}/continued", f"tensorboard --logdir {OUTPUT}/continued")
-    table.add_row("model", f"{OUTPUT}/model", "LlamaForCausalLM.from_pretrained, AutoTokenizer")
-    console.print(table)
+    console.rule(f"[bold]made in {seconds:.0f} s")
+    console.print(f"token files   {OUTPUT}/corpus")
+    console.print(f"comparison    {OUTPUT}/compare/report.md, picture {OUTPUT}/compare/losses.png")
+    console.print(f"run           {OUTPUT}/continued, its checkpoints, metrics.jsonl and TensorBoard files")
+    console.print(f"model         {OUTPUT}/model, for LlamaForCausalLM and AutoTokenizer\n")
     console.print(f"held-out loss by the trainer    {trained_on:.6f} nats a token")
     console.print(f"held-out loss by the export     {reloaded:.6f} nats a token, difference {difference:.1e}")
     tokenizer = AutoTokenizer.from_pretrained(OUTPUT / "model")
-    console.print(f"AutoTokenizer opens it too: {tokenizer.tokenize('myocardial infarction')}")
+    console.print(
+        f"AutoTokenizer cuts 'myocardial infarction' into {tokenizer.tokenize('myocardial infarction')}"
+    )
     if not difference <= BF16_TOLERANCE * trained_on:
         console.print("[red]the export does not score as the trainer did")
         sys.exit(1)
     console.print("\nTry next, in .venv/bin:")
     console.print(f"  pmc-data inspect {OUTPUT}/corpus --document 3")
+    console.print(f"  tensorboard --logdir {OUTPUT}/continued")
     console.print(f"  pmc-llama checkpoint list {OUTPUT}/compare/deepspeed")
-    console.print(f"  pmc-llama train {RECIPE} --backend fsdp --output runs/mine --optimizer.learning_rate 1e-3")
+    console.print(
+        f"  pmc-llama train {RECIPE} --backend fsdp --output runs/mine --optimizer.learning_rate 1e-3"
+    )
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def read_weights(state: dict[str, Tensor], reader: StorageReader, group: dist.Pr
 
 
 def _cause(error: CheckpointException) -> BaseException:
-    """The first rank's trouble, if it is one that data or disk can cause; anything else is a bug and raised."""
+    """The first rank's trouble if data or disk can cause it; anything else is a bug, and raised."""
     cause, _ = next(iter(error.failures.values()))
     if not isinstance(cause, OSError | ValueError | RuntimeError):
         raise error

@@ -1,4 +1,4 @@
-"""Do the recipe, the corpus, the weights and the checkpoint fit each other? Asked before anything is trained."""
+"""Do recipe, corpus, weights and checkpoint fit each other? Asked before anything is trained."""
 
 from pathlib import Path
 from typing import Any

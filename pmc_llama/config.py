@@ -66,7 +66,7 @@ class ScheduleConfig:
         epochs: passes over the corpus (over its papers in `window` mode, its tokens in `packed` mode).
         steps: optimizer steps; when given, it decides instead of `epochs`.
         warmup_ratio: part of all steps during which the learning rate rises linearly from 0.
-        final_learning_rate_ratio: learning rate at the last step, as a part of the peak.
+        final_learning_rate_ratio: what the cosine falls to by the end, as a part of the peak.
     """
 
     epochs: float = 1.0

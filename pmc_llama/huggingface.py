@@ -216,6 +216,7 @@ def _write(
     for file, names in split.filename_to_tensors.items():
         tensors = _load(checkpoint, {key: empty[key] for key in names}, planner)
         save_file(tensors, directory / file, metadata={"format": "pt"})
+        shutil.copymode(directory / CONFIG, directory / file)  # safetensors lets nobody else read it
     if split.is_sharded:
         _write_index(split, directory)
 
@@ -258,7 +259,7 @@ def _model_card(name: str, manifest: Manifest, shapes: dict[str, torch.Size], dt
     licence = (
         f"The weights continue those of `{base}` and stay under that model's licence."
         if base
-        else "The weights were trained from random values; whoever publishes them chooses their licence."
+        else "The weights were trained from random values and are under no other model's licence."
     )
     return f"""---
 library_name: transformers
@@ -289,12 +290,13 @@ decisions.
 
 ## Tokenizer
 
-`AutoTokenizer` gives exactly the ids of the SentencePiece model beside it, `{TOKENIZER}`. Characters such as
-`</s>` in a text are text; pass `split_special_tokens=False` to have them read as control tokens.
+`AutoTokenizer` gives exactly the ids of the SentencePiece model beside it, `{TOKENIZER}`. Characters such
+as `</s>` in a text are text; pass `split_special_tokens=False` to have them read as control tokens.
 
 ## Licence
 
-{licence} The papers of the corpus have licences of their own.
+{licence}
+The papers of the corpus have licences of their own.
 
 ## Recipe
 
@@ -321,7 +323,7 @@ class _Progress(DefaultLoadPlanner):
             self._told = now
             rate = self.done / max(now - self._start, 1e-9)
             print(
-                f"export: {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, {rate / 1e6:,.0f} MB/s, "
+                f"export: {self.done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB, {rate / 1e6:,.0f} MB/s, "
                 f"{(self.total - self.done) / rate:.0f} s left",
                 flush=True,
             )

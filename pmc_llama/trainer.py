@@ -188,8 +188,9 @@ class Trainer:
             f"(started by {self.ranks.launcher}); {self._parameters():,} parameters"
         )
         say(
-            f"corpus {recipe.data.corpus}: {self.training.documents:,} papers, {self.training.tokens:,} "
-            f"tokens; {self.steps:,} steps of {recipe.batch.global_size} x {recipe.data.sequence_length} tokens"
+            f"corpus {recipe.data.corpus}: {self.training.documents:,} papers, "
+            f"{self.training.tokens:,} tokens; {self.steps:,} steps of "
+            f"{recipe.batch.global_size} x {recipe.data.sequence_length} tokens"
         )
         origin = source or recipe.model.initialize_from or f"random weights of seed {recipe.seed}"
         say(f"starting after step {self.step} from {origin}")

@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from hypothesis import settings
 
 from data_tools.build import build
 from data_tools.clean import TEXT_RULES
 from data_tools.manifest import Options
 from tests.data_tools.sources import prose, simple_article, simple_record, write_jsonl
+
+settings.register_profile("untimed", deadline=None)  # machines differ
+settings.load_profile("untimed")
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

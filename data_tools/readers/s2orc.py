@@ -7,6 +7,7 @@ abstract, section header or paragraph are read, so author block and bibliography
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -25,6 +26,8 @@ from data_tools.readers.citations import MARK, close_gaps, is_numeric
 
 Span = tuple[int, int]
 
+# A page's head or foot that was taken for a paragraph: a short title beside `Page 2 of 6`, or a bare number.
+_RUNNING_HEAD = re.compile(r"\s*(?:.{0,120}\bPage \d+ of \d+|Page \d+ of \d+\b.{0,120}|\d*)\s*")
 _LONGEST_ID = 18  # digits that surely fit int64
 _NOT_TEXT = ("author", "authoraffiliation", "bibentry", "figure", "table")
 
@@ -175,7 +178,7 @@ def _cut(
             place = max(place, end)
         pieces.append(text[place:stop])
         remaining = close_gaps("".join(pieces))
-        if remaining.strip():
+        if not _RUNNING_HEAD.fullmatch(remaining):
             yield Block(remaining, depth)
 
 

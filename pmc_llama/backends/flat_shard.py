@@ -1,10 +1,10 @@
 """A contiguous range of a flattened tensor, told to torch.distributed.checkpoint as rectangles.
 
 A ZeRO-3 rank owns the elements [start, stop) of each parameter in row-major order. Such a range is at most
-three rectangles of a matrix: the end of a row, whole rows, the beginning of a row. A tensor that has the three
-methods below (the protocol that DTensor itself follows, in `torch/distributed/checkpoint/planner_helpers.py`)
-is asked which rectangles it holds, so a ZeRO-3 shard is read and written in place, and anything that reads such
-checkpoints reads what it wrote.
+three rectangles of a matrix: the end of a row, whole rows, the beginning of a row. A tensor that has the
+three methods below (the protocol that DTensor itself follows, in
+`torch/distributed/checkpoint/planner_helpers.py`) is asked which rectangles it holds. So a ZeRO-3 shard is
+read and written in place, and anything that reads such checkpoints reads what it wrote.
 """
 
 from itertools import pairwise

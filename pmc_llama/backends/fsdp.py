@@ -47,7 +47,7 @@ class FsdpBackend:
         self.device = device
         self.optimizer = build_optimizer(model, recipe.optimizer)
         self.steps = torch.zeros((), dtype=torch.int64)
-        # Between forward and backward the module has whole parameters under these names; these are the shards.
+        # Between forward and backward the module has whole parameters by these names; these are the shards.
         self.parameters = dict(model.named_parameters())
         # AdamW makes its moments at the first update; a checkpoint may be read before that.
         for parameter in self.parameters.values():

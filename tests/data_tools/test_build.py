@@ -1,5 +1,6 @@
 """A build gives the same bytes however it is run, survives its own death, and leaves nothing half-written."""
 
+import fcntl
 import gzip
 import json
 import os
@@ -20,6 +21,7 @@ from data_tools.clean import TEXT_RULES, training_text
 from data_tools.corpus import Corpus
 from data_tools.documents import read_documents
 from data_tools.errors import UserError
+from data_tools.files import locked
 from data_tools.finalize import table_path
 from data_tools.inputs import find_inputs, shards
 from data_tools.manifest import Manifest, Options
@@ -175,10 +177,10 @@ def test_a_killed_build_leaves_no_process_and_goes_on_to_the_same_bytes(
 ) -> None:
     papers = tmp_path / "papers"
     papers.mkdir()
-    for shard in range(6):
+    for shard in range(5):
         write_jsonl(
             papers / f"{shard}.jsonl",
-            [simple_record(n, words=600) for n in range(shard * 90, shard * 90 + 90)],
+            [simple_record(n, words=600) for n in range(shard * 50, shard * 50 + 50)],
         )
     make(papers, tiny_tokenizer, tmp_path / "whole")
     arguments = ["build", "--input", papers, "--tokenizer", tiny_tokenizer, "--output", tmp_path / "killed"]
@@ -201,7 +203,7 @@ def test_a_killed_build_leaves_no_process_and_goes_on_to_the_same_bytes(
     process.wait()
     assert not (tmp_path / "killed" / "corpus.json").exists()
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("killed/parts/part-*.json")}
-    assert len(finished) < 6
+    assert len(finished) < 5
     psutil.wait_procs(children, timeout=30)
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
     subprocess.run(command, check=True, capture_output=True)
@@ -304,6 +306,21 @@ def test_loose_articles_are_grouped_by_count_and_other_files_stand_alone(tmp_pat
     assert [file.name for group in groups[1:] for file in group] == [
         f"{tmp_path.name}/{name}" for name in ("00003.jsonl", "00004.jsonl.gz", f"{size:05}.xml")
     ]
+
+
+def test_an_input_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"gone\.jsonl cannot be read"):
+        find_inputs([tmp_path])
+
+
+def test_two_builds_into_one_directory_do_not_mix(papers: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "corpus" / "parts").mkdir(parents=True)
+    with (
+        locked(tmp_path / "corpus", fcntl.LOCK_EX),
+        pytest.raises(UserError, match="Another build is at work"),
+    ):
+        make(papers, tiny_tokenizer, tmp_path / "corpus")
 
 
 def test_inputs_that_would_share_a_name_are_refused(tmp_path: Path) -> None:

@@ -2,11 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_tools.cli import main
+from data_tools.files import checksum
+from data_tools.manifest import FileInfo, read_manifest, write_manifest
 from tests.data_tools.sources import simple_record, write_jsonl
 
 
@@ -75,7 +79,13 @@ def test_build_refuses_what_is_not_there_or_not_readable(
 
 
 def test_options_out_of_range_are_refused_with_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    for option, value in (("--heldout", "1"), ("--heldout", "-0.1"), ("--workers", "0"), ("--workers", "x")):
+    for option, value in (
+        ("--heldout", "1"),
+        ("--heldout", "-0.1"),
+        ("--workers", "0"),
+        ("--workers", "x"),
+        ("--heldout", "nan"),
+    ):
         with pytest.raises(SystemExit) as exit_:
             main(["build", "--input", "a", "--tokenizer", "b", "--output", "c", option, value])
         assert exit_.value.code == 2
@@ -135,6 +145,22 @@ def test_verify_names_the_file_in_which_any_byte_changed(
             assert_refused(run(capsys, "verify", copy), path.name)
         path.write_bytes(content)
     assert run(capsys, "verify", copy)[0] == 0
+
+
+def test_verify_finds_ids_that_the_tokenizer_did_not_make_even_with_right_checksums(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copy / "parts" / "part-00000.bin"
+    tokens = np.fromfile(path, "<u2")
+    manifest = read_manifest(copy)
+    for place, token in ((0, 2), (3, tokens[3] ^ 1), (-1, 5)):
+        changed = tokens.copy()
+        changed[place] = token
+        path.write_bytes(changed.tobytes())
+        part = manifest.parts[0]
+        files = {**part.files, "bin": FileInfo(len(tokens) * 2, checksum(path))}
+        write_manifest(copy, replace(manifest, parts=[replace(part, files=files), *manifest.parts[1:]]))
+        assert_refused(run(capsys, "verify", copy), "part-00000.bin is not what its tokenizer makes")
 
 
 def test_every_command_on_a_corpus_refuses_another_directory(

@@ -116,6 +116,18 @@ def test_numeric_citations_go_with_their_brackets_and_author_years_stay() -> Non
     assert training_text(paper) == "Shown before and; see Lovelace (1843). Late."
 
 
+def test_running_heads_taken_for_paragraphs_stay_out() -> None:
+    kept = (
+        "We read page 2 of 6 pages.",
+        "Of 6 patients 2 died",
+        "Page 2 of 6 was torn. " + "Much follows. " * 9,
+    )
+    body = S2orcText()
+    for text in ("A short title Page 2 of 6", "Page 3 of 6 Lovelace et al.", "417", *kept):
+        body.add(text, "paragraph")
+    assert [block.text for block in read_paper(s2orc_record(body, "1")).sections] == list(kept)
+
+
 def test_a_marked_title_is_a_retraction() -> None:
     assert read_paper(s2orc_record(S2orcText().add("RETRACTED: X", "title"), "1")).retracted
     assert not read_paper(sample()).retracted

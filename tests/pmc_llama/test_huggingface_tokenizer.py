@@ -44,7 +44,7 @@ KNOWN_TRAPS = (
 
 def train(directory: Path, **options: object) -> Path:
     """A tiny SentencePiece model with LLaMA's settings, or others."""
-    draw = random.Random(0)  # noqa: S311
+    draw = random.Random(0)
     words = ["cell", "cells", "protein", "the", "of", "in", "ab", "aba", "abab", "12.5", "-", "(p", "<"]
     lines = [
         "".join(draw.choice(words) + " " * draw.choice((0, 1, 1, 2, 5)) for _ in range(12))
