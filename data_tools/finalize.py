@@ -24,8 +24,8 @@ from data_tools.manifest import (
     TokenizerInfo,
     write_manifest,
 )
-from data_tools.papers import Reason, Rejected, Source
-from data_tools.parts import Part, add_counts, left_out
+from data_tools.papers import Reason, Source
+from data_tools.parts import EXAMPLES, Part, add_counts
 from data_tools.tokenizer import Tokenizer
 
 Mask = NDArray[np.bool_]
@@ -174,9 +174,12 @@ def _places(table: Any) -> NDArray[np.float64]:
 
 def _counts(counts: list[Counts], table: Any, reasons: NDArray[np.uint8]) -> Counts:
     total = add_counts(counts)
-    for row in np.flatnonzero(reasons).tolist():
-        source = Source(table["source_file"][row].as_py(), table["source_position"][row].as_py())
-        left_out(total, Rejected(_REASONS[reasons[row] - 1], source))
+    for number, reason in enumerate(_REASONS, start=1):
+        rows = np.flatnonzero(reasons == number)
+        if len(rows):
+            first = table.select(["source_file", "source_position"]).take(pa.array(rows[:EXAMPLES]))
+            total.left_out[reason] = len(rows)
+            total.examples[reason] = [str(Source(*row.values())) for row in first.to_pylist()]
     return replace(total, kept=int((reasons == 0).sum()))
 
 

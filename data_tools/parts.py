@@ -20,7 +20,7 @@ from data_tools.tokenizer import Tokenizer
 Report = Callable[[int, int], None]
 """Called with the records read and the input bytes consumed so far."""
 
-_EXAMPLES = 5
+EXAMPLES = 5
 """How many left-out records of each reason a part and a corpus name."""
 
 
@@ -122,16 +122,8 @@ def add_counts(counts: list[Counts]) -> Counts:
         for reason, number in one.left_out.items():
             total.left_out[reason] = total.left_out.get(reason, 0) + number
             known = total.examples.setdefault(reason, [])
-            known += one.examples.get(reason, [])[: _EXAMPLES - len(known)]
+            known += one.examples.get(reason, [])[: EXAMPLES - len(known)]
     return total
-
-
-def left_out(counts: Counts, rejected: Rejected) -> None:
-    """Count a record that is left out, and name it among the first of its reason."""
-    counts.left_out[rejected.reason] = counts.left_out.get(rejected.reason, 0) + 1
-    examples = counts.examples.setdefault(rejected.reason, [])
-    if len(examples) < _EXAMPLES:
-        examples.append(str(rejected.source) + (f" {rejected.detail}" if rejected.detail else ""))
 
 
 def _write(task: PartTask, tokenizer: Tokenizer, inputs: Inputs, report: Report) -> Part:
@@ -143,7 +135,7 @@ def _write(task: PartTask, tokenizer: Tokenizer, inputs: Inputs, report: Report)
             read += 1
             selected = _select(record, task.options)
             if isinstance(selected, Rejected):
-                left_out(counts, selected)
+                _leave_out(counts, selected)
                 continue
             paper, text = selected
             ids = tokenizer.encode_document(text)
@@ -180,6 +172,14 @@ def _select(record: Paper | Rejected, options: Options) -> tuple[Paper, str] | R
         return Rejected("no_pmc_id", record.source)
     text = training_text(record)
     return (record, text) if text else Rejected("no_text", record.source)
+
+
+def _leave_out(counts: Counts, rejected: Rejected) -> None:
+    """Count a record that is left out, and name it among the first of its reason."""
+    counts.left_out[rejected.reason] = counts.left_out.get(rejected.reason, 0) + 1
+    examples = counts.examples.setdefault(rejected.reason, [])
+    if len(examples) < EXAMPLES:
+        examples.append(str(rejected.source) + (f" {rejected.detail}" if rejected.detail else ""))
 
 
 def _made_with(options: Options, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, Sto
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data_tools.errors import UserError
+from pmc_llama.progress import ByteProgress
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
@@ -177,8 +178,10 @@ def verify(directory: Path) -> Manifest:
         UserError: names the first file that is missing, of another size or of another content.
     """
     manifest = read_manifest(directory)
+    total = sum(file["bytes"] for file in manifest.files.values())
+    progress = ByteProgress(f"checking {directory}", total)
     for name in sorted(manifest.files):
-        _verify_file(directory, name, manifest.files[name])
+        _verify_file(directory, name, manifest.files[name], progress.advance)
     return manifest
 
 
@@ -237,11 +240,12 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _checksum(path: Path) -> str:
+def _checksum(path: Path, count: Callable[[int], None] = lambda _: None) -> str:
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(_READ_BYTES):
             digest.update(block)
+            count(len(block))
     return digest.hexdigest()
 
 
@@ -260,7 +264,9 @@ def _checksum_together(directory: Path, group: dist.ProcessGroup) -> FileTable:
     return {name: entry for table in tables for name, entry in table.items()}
 
 
-def _verify_file(directory: Path, name: str, expected: dict[str, Any]) -> None:
+def _verify_file(
+    directory: Path, name: str, expected: dict[str, Any], count: Callable[[int], None] = lambda _: None
+) -> None:
     path = directory / name
     found = path.stat().st_size if path.is_file() else None
     if found is None:
@@ -269,7 +275,7 @@ def _verify_file(directory: Path, name: str, expected: dict[str, Any]) -> None:
         raise UserError(
             f"checkpoint {directory} is damaged: {name} has {found} bytes, expected {expected['bytes']}"
         )
-    if _checksum(path) != expected["xxh3_128"]:
+    if _checksum(path, count) != expected["xxh3_128"]:
         raise UserError(f"checkpoint {directory} is damaged: the content of {name} fails its checksum")
 
 

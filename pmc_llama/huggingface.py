@@ -7,7 +7,6 @@ from safetensors; writing takes as much memory as one output file.
 import json
 import os
 import shutil
-import time
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -27,6 +26,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from data_tools.errors import UserError
 from pmc_llama.checkpoint import TOKENIZER, Manifest, verify
 from pmc_llama.huggingface_tokenizer import write_tokenizer
+from pmc_llama.progress import ByteProgress
 
 ExportDtype = Literal["bf16", "fp16", "fp32"]
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -37,7 +37,6 @@ INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000  # transformers' own habit is 5 GB and more; smaller files travel better
 
 _READABLE = {"F16", "BF16", "F32"}
-_TELL_SECONDS = 5.0
 
 
 # --- in --------------------------------------------------------------------------------------------------
@@ -180,7 +179,6 @@ def export(
         raise UserError(
             f"{directory} is there already and not an empty directory; choose another or remove it"
         )
-    print(f"export: checking every file of {checkpoint}", flush=True)
     manifest = verify(checkpoint)
     aside = directory.with_name(f".{directory.name}.partial")
     try:
@@ -212,7 +210,7 @@ def _write(
 
     empty = {key: torch.empty(shape, dtype=DTYPES[dtype], device="meta") for key, shape in shapes.items()}
     split = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_bytes)
-    planner = _Progress(split.metadata["total_size"])
+    planner = _CountingPlanner(ByteProgress("export", split.metadata["total_size"]))
     for file, names in split.filename_to_tensors.items():
         tensors = _load(checkpoint, {key: empty[key] for key in names}, planner)
         save_file(tensors, directory / file, metadata={"format": "pt"})
@@ -306,27 +304,16 @@ The papers of the corpus have licences of their own.
 """
 
 
-class _Progress(DefaultLoadPlanner):
-    """The default planner, printing a line with rate and ETA every few seconds as pieces are read."""
+class _CountingPlanner(DefaultLoadPlanner):
+    """The default planner, telling how far the reading is."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, progress: ByteProgress) -> None:
         super().__init__()
-        self.total = total
-        self.done = 0
-        self._start = self._told = time.monotonic()
+        self._progress = progress
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """Count a piece that has been read and rounded."""
-        self.done += tensor.nbytes
-        now = time.monotonic()
-        if now - self._told >= _TELL_SECONDS or self.done == self.total:
-            self._told = now
-            rate = self.done / max(now - self._start, 1e-9)
-            print(
-                f"export: {self.done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB, {rate / 1e6:,.0f} MB/s, "
-                f"{(self.total - self.done) / rate:.0f} s left",
-                flush=True,
-            )
+        self._progress.advance(tensor.nbytes)
 
 
 def _synchronize(directory: Path) -> None:

@@ -19,6 +19,7 @@ from pmc_llama.compatibility import check_model, check_resumable, check_shape
 from pmc_llama.config import Recipe, plain
 from pmc_llama.data import TrainingBatches, heldout_batches, sample_order
 from pmc_llama.distributed import Ranks, connect, disconnect, discover
+from pmc_llama.huggingface_tokenizer import exact_tokenizer
 from pmc_llama.initialize import RandomWeights
 from pmc_llama.metrics import Metrics, StepRecord, model_flops_per_token, model_flops_utilization, peak_memory
 from pmc_llama.model import llama_config
@@ -70,6 +71,7 @@ class Trainer:
         weights = huggingface.check_directory(source) if source else None
         self.config = llama_config(recipe.model, weights.vocab_size if weights else self.corpus.vocab_size)
         check_model(recipe, self.config, self.corpus)
+        exact_tokenizer(self.corpus.tokenizer_path)  # what could not be exported is not trained
         if weights:
             check_shape(recipe, self.config, weights.to_dict(), str(source))
 
