@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; those of the process when None.
 
     Returns:
-        Exit status: 0, or 2 for what the user can mend, told in one sentence on stderr.
+        Exit status: 0, 2 for what the user can mend, told in one sentence on stderr, 130 when interrupted, 1
+        on a rank that fails because another did.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -40,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command != "train" or _first_to_fail():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except Exception:
+        if command == "train" and not _first_to_fail():
+            return 1  # of a peer that is gone, which says why
+        raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

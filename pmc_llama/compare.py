@@ -1,6 +1,5 @@
 """One recipe under every backend, one report: do they compute the same, and at what price?"""
 
-import json
 import os
 import platform
 import shlex
@@ -22,6 +21,7 @@ import yaml
 
 from data_tools.errors import UserError
 from pmc_llama.config import Recipe, plain
+from pmc_llama.metrics import read_metrics
 
 Row = Mapping[str, Any]
 
@@ -161,14 +161,10 @@ def read_run(backend: str, directory: Path) -> Run:
         UserError: the file is missing, empty or damaged.
     """
     path = directory / "metrics.jsonl"
-    try:
-        run = Run(backend, [json.loads(line) for line in path.read_text().splitlines()])
-        complete = bool(run.losses)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as a run's metrics: {error!r}; remove {directory}") from error
-    if not complete:
+    rows = read_metrics(path)
+    if not rows:
         raise UserError(f"{path} is empty; remove {directory} and compare again")
-    return run
+    return Run(backend, list(rows))
 
 
 # --- the report --------------------------------------------------------------------------------------------

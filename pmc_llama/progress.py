@@ -1,12 +1,13 @@
 """How far a long read or write is: plain lines, the same on a terminal and in a log file."""
 
+import sys
 import time
 
 _SECONDS_BETWEEN_LINES = 5.0
 
 
 class ByteProgress:
-    """Prints bytes done, rate and time left every few seconds and at the end.
+    """Prints bytes done, rate and time left on standard error, every few seconds and at the end.
 
     Args:
         label: what is going on.
@@ -29,5 +30,6 @@ class ByteProgress:
             print(
                 f"{self._label}: {self._done / 1e6:,.1f} of {self._total / 1e6:,.1f} MB, "
                 f"{rate / 1e6:,.0f} MB/s, {(self._total - self._done) / rate:.0f} s left",
+                file=sys.stderr,
                 flush=True,
             )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from data_tools.errors import UserError
-from data_tools.files import checksum
+from data_tools.files import checksum, publish
 from data_tools.token_files import TokenFile, TokenFileWriter, bin_path, idx_path, read_header
 
 UINT16, INT32 = np.dtype("<u2"), np.dtype("<i4")
@@ -112,6 +112,24 @@ def test_until_the_writer_is_done_the_old_pair_stands_whole(tmp_path: Path) -> N
             assert old.document(0).tolist() == [1, 2, 3]
     with TokenFile(prefix) as new:
         assert new.document(0).tolist() == list(range(9))
+
+
+@pytest.mark.parametrize("published", [0, 1])
+def test_a_stop_between_the_two_files_never_leaves_an_index_beside_other_ids(
+    published: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = write(tmp_path / "x", [[1, 2, 3]])
+    steps = iter(range(2))
+
+    def stop_after_some(path: Path) -> None:
+        if next(steps) == published:
+            raise KeyboardInterrupt
+        publish(path)
+
+    monkeypatch.setattr("data_tools.token_files.publish", stop_after_some)
+    with pytest.raises(KeyboardInterrupt):
+        write(prefix, [[4, 5, 6]])
+    assert not idx_path(prefix).exists()
 
 
 def test_a_document_of_another_dtype_is_refused(tmp_path: Path) -> None:

@@ -1,9 +1,13 @@
 """Tasks on processes: results in order, errors at once, nothing left behind."""
 
+import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
+from pathlib import Path
 
+import psutil
 import pytest
 
 from data_tools.errors import UserError
@@ -54,3 +58,27 @@ def test_an_error_of_a_task_is_the_error_of_the_run() -> None:
 def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(RuntimeError, match=r"_fail[\s\S]*ZeroDivisionError: a bug"):
         run(_fail, [0, 1], 2, lambda *_: None)
+
+
+def _note_and_wait(task: Path, report: Report) -> None:
+    (task / str(os.getpid())).touch()
+    signal.pause()
+
+
+def _run_for_ever(directory: Path) -> None:
+    run(_note_and_wait, [directory, directory], 2, lambda *_: None)
+
+
+def test_workers_in_the_midst_of_a_task_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    parent = multiprocessing.get_context("spawn").Process(target=_run_for_ever, args=(tmp_path,))
+    parent.start()
+    while len(list(tmp_path.iterdir())) < 2:
+        assert parent.is_alive(), "the run ended before it could be killed"
+        time.sleep(0.01)
+    workers = [psutil.Process(int(path.name)) for path in tmp_path.iterdir()]
+    parent.kill()
+    parent.join()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    for worker in alive:
+        worker.kill()
+    assert not alive
