@@ -186,7 +186,7 @@ def test_the_7b_recipe_runs_with_the_demo_model(tiny_corpus: Path, tmp_path: Pat
         [
             *(str(RECIPES / "pretrain_7b.yaml"), "--backend", backend, "--output", str(run)),
             *("--model.size", "demo", "--model.initialize_from", "null", "--data.corpus", str(tiny_corpus)),
-            *("--batch.global_size", "16", "--schedule.steps", "2"),
+            *("--batch.global_size", "8", "--schedule.steps", "2"),
         ]
     )
     assert "step 2/2" in output
