@@ -28,7 +28,9 @@ TOKENIZER = "tokenizer.model"
 
 _NAME = re.compile(r"step-(\d{8,})")
 _ASIDE = ".writing"
-_REPLACED = ".replaced"
+_REPLACED = ".replaced-"
+_REMOVING = ".removing-"
+_DAMAGED = "damaged-"
 _READ_BYTES = 8 << 20
 
 FileTable = dict[str, dict[str, Any]]
@@ -90,7 +92,12 @@ def save(
     try:
         dcp.save(dict(state), storage_writer=FileSystemWriter(aside), process_group=group)
     except CheckpointException as error:
-        raise UserError(f"the checkpoint could not be written to {aside}: {_cause(error)}") from error
+        shutil.rmtree(aside, ignore_errors=True)
+        free = shutil.disk_usage(root).free
+        raise UserError(
+            f"The checkpoint could not be written to {root}, where {free / 1e9:.2f} GB are free now: "
+            f"{_cause(error)}. Make room, then go on with --resume."
+        ) from error
     files = _checksum_together(aside, group)
     return _on_first_rank(group, lambda: _publish(aside, root, describe(files)))
 
@@ -107,9 +114,9 @@ def _publish(aside: Path, root: Path, manifest: Manifest) -> Path:
     path.write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n")
     _fsync(path)
     _fsync(aside)
-    final, replaced = root / f"step-{manifest.step:08d}", root / _REPLACED
-    if final.exists():  # of an attempt that could not be resumed from; never without one under this name
-        shutil.rmtree(replaced, ignore_errors=True)
+    final = root / f"step-{manifest.step:08d}"
+    replaced = root / f"{_REPLACED}{final.name}"
+    if final.exists():  # `tidy` puts it back if the next line is the last that runs
         final.rename(replaced)
     aside.rename(final)
     _fsync(root)
@@ -118,12 +125,27 @@ def _publish(aside: Path, root: Path, manifest: Manifest) -> Path:
 
 
 def prune(root: Path, keep_last: int, keep_every: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints and those at multiples of `keep_every` steps."""
-    for path in list_checkpoints(root)[: -max(keep_last, 1)]:
+    """Remove all but the newest `keep_last` checkpoints and those at multiples of `keep_every` steps.
+
+    The one just published is always the newest: see `newest_sound` and `tidy`.
+    """
+    for path in list_checkpoints(root)[:-keep_last]:
         if not keep_every or _step(path) % keep_every:
             # The name goes first, so that an interrupted removal leaves nothing that looks complete.
-            doomed = path.rename(root / f".removing-{path.name}")
+            doomed = root / f"{_REMOVING}{path.name}"
             shutil.rmtree(doomed, ignore_errors=True)
+            shutil.rmtree(path.rename(doomed), ignore_errors=True)
+
+
+def tidy(root: Path) -> None:
+    """Clear away what a killed run left half done, before anything is found or written. One rank calls it."""
+    for path in root.glob(f"{_REPLACED}*"):
+        final = root / path.name.removeprefix(_REPLACED)
+        if not final.exists():
+            path.rename(final)
+    for pattern in (_ASIDE, f"{_REPLACED}*", f"{_REMOVING}*"):
+        for path in root.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 # --- finding and reading ---------------------------------------------------------------------------------
@@ -138,20 +160,30 @@ def list_checkpoints(root: Path) -> list[Path]:
 def newest_sound(root: Path, group: dist.ProcessGroup, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint without damage; every damaged one on the way is named to `say`.
 
-    Collective over `group`; the ranks share the reading.
+    Once a sound one is found, the damaged ones above it are renamed `damaged-...`, so that what is published
+    from here on is the newest. Collective over `group`; the ranks share the reading.
 
     Raises:
         UserError: there are checkpoints and all of them are damaged.
     """
-    candidates = _on_first_rank(group, lambda: list_checkpoints(root))
-    for path in reversed(candidates):
+    damaged: list[Path] = []
+    for path in reversed(_on_first_rank(group, lambda: list_checkpoints(root))):
         damage = verify_together(path, group)
         if damage is None:
+            _on_first_rank(group, lambda: _set_aside(damaged))
             return path
         say(f"{damage}; going on from the checkpoint before it")
-    if candidates:
-        raise UserError(f"every checkpoint in {root} is damaged; remove them to start again from step 0")
+        damaged.append(path)
+    if damaged:
+        raise UserError(f"Every checkpoint in {root} is damaged; remove them to start again from step 0.")
     return None
+
+
+def _set_aside(damaged: list[Path]) -> None:
+    for path in damaged:
+        target = path.with_name(f"{_DAMAGED}{path.name}")
+        shutil.rmtree(target, ignore_errors=True)
+        path.rename(target)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -162,13 +194,25 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        return Manifest(**json.loads(path.read_text()))
-    except FileNotFoundError as error:
+        manifest = Manifest(**json.loads(path.read_text()))
+        _check_table(manifest.files)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
-            f"{directory} is not a checkpoint: it has no {MANIFEST}; name a step-NNNNNNNN directory"
+            f"{directory} is not a checkpoint: it has no {MANIFEST}; name a step-NNNNNNNN directory."
         ) from error
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); use an earlier checkpoint") from error
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error}); use an earlier checkpoint.") from error
+    return manifest
+
+
+def _check_table(files: FileTable) -> None:
+    """Every entry is whole, and the files without which nothing can be read are listed."""
+    for name, entry in files.items():
+        if not isinstance(entry["bytes"], int) or not isinstance(entry["xxh3_128"], str):
+            raise ValueError(f"the entry of {name} is not a size and a checksum")
+    missing = {".metadata", TOKENIZER} - files.keys()
+    if missing:
+        raise ValueError(f"{', '.join(sorted(missing))} not listed")
 
 
 def verify(directory: Path) -> Manifest:

@@ -5,6 +5,7 @@ imported only then, so that help and mistakes in a recipe are told at once.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,13 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command != "train" or _first_to_fail():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    except Exception:
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":  # the launcher interrupts all ranks
+            print("interrupted", file=sys.stderr)
+        return 130
+    except SystemExit:
+        raise  # of --help
+    except BaseException:  # torch's CheckpointException is no Exception
         if command == "train" and not _first_to_fail():
             return 1  # of a peer that is gone, which says why
         raise
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     return 0
 
 
@@ -82,7 +86,11 @@ def compare(arguments: Sequence[str]) -> None:
 
     parser = RecipeParser("pmc-llama compare", recipe_path(arguments), _summary(compare))
     parser.add_argument("--backends", default="deepspeed,fsdp", help="names, with commas between them")
-    parser.add_argument("--ranks", type=int, default=2, help="processes of each run, on this machine")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        help="processes of each run, on this machine; one a GPU when not given, or 2 without GPUs",
+    )
     recipe, options = parser.read(arguments)
     backends = options["backends"].split(",")
     if len(backends) < 2 or len({*backends}) < len(backends) or not {*backends} <= {*get_args(BackendName)}:
@@ -90,12 +98,15 @@ def compare(arguments: Sequence[str]) -> None:
         raise UserError(
             f"--backends is {options['backends']}, expected two or more different ones of {known}"
         )
-    if options["ranks"] < 1:
+    if options["ranks"] is not None and options["ranks"] < 1:
         raise UserError(f"--ranks is {options['ranks']}, expected 1 or more")
+
+    import torch
 
     from pmc_llama import compare as comparison
 
-    report = comparison.compare(recipe, backends, options["ranks"])
+    ranks = options["ranks"] or torch.cuda.device_count() or 2
+    report = comparison.compare(recipe, backends, ranks)
     print(f"{report} and losses.png beside it say how they compare")
 
 

@@ -27,6 +27,7 @@ Row = Mapping[str, Any]
 
 WARM_UP_STEPS = 5  # left out of speeds: the first steps allocate, compile and fill caches
 TABLE_STEPS = 30
+PADDING = "Tokens/s and model FLOPs count the padding of papers shorter than a sequence."
 GIB = 1 << 30
 
 
@@ -78,12 +79,13 @@ def compare(recipe: Recipe, backends: Sequence[str], ranks: int) -> Path:
         The report.
 
     Raises:
-        UserError: `recipe.output` holds the comparison of another recipe, or a run failed.
+        UserError: `recipe.output` holds the comparison of another recipe, or of other ranks or versions, or
+            a run failed.
     """
     if find_spec("matplotlib") is None:
         raise UserError("compare draws with matplotlib, which is missing; pip install 'pmc-llama[compare]'")
     output = recipe.output
-    recipe_file = _keep_recipe(recipe)
+    recipe_file = _keep_recipe(recipe, f"{ranks} ranks, {versions()}")
     commands = [_command(recipe_file, backend, ranks, output) for backend in backends]
     threads = str(max(1, (os.cpu_count() or 1) // ranks))  # or torchrun gives each rank one, and says so
     for backend, command in zip(backends, commands, strict=True):
@@ -92,24 +94,31 @@ def compare(recipe: Recipe, backends: Sequence[str], ranks: int) -> Path:
     draw(runs, output / "losses.png")
     shown = [shlex.join(["python", *command[1:]]) for command in commands]
     report = output / "report.md"
-    _write(report, describe(runs, [f"{ranks} ranks on {machine()}", versions()], shown))
+    facts = [f"{ranks} ranks on {machine()}", versions()]
+    _write(report, describe(runs, facts, shown, padded=recipe.data.mode == "window"))
     return report
 
 
 # --- training ----------------------------------------------------------------------------------------------
 
 
-def _keep_recipe(recipe: Recipe) -> Path:
-    """Write the recipe as resolved, or check that what is there is the same."""
+def _keep_recipe(recipe: Recipe, conditions: str) -> Path:
+    """Write the recipe as resolved, headed by what it ran on, or check that what is there is the same."""
     path = recipe.output / "recipe.yaml"
-    text = yaml.safe_dump(plain(recipe), sort_keys=False)
-    if path.exists() and path.read_text() != text:
-        raise UserError(
-            f"{recipe.output} holds the comparison of another recipe ({path}); choose another --output"
-        )
+    head, body = f"# {conditions}\n", yaml.safe_dump(plain(recipe), sort_keys=False)
     try:
+        kept = path.read_text() if path.exists() else head + body
+        if not kept.endswith(body):
+            raise UserError(
+                f"{recipe.output} holds the comparison of another recipe ({path}); choose another --output"
+            )
+        if not kept.startswith(head):
+            raise UserError(
+                f"{recipe.output} holds a comparison made otherwise ({kept.removesuffix(body).strip() or 'unknown'}; "
+                f"this one is of {conditions}); choose another --output"
+            )
         recipe.output.mkdir(parents=True, exist_ok=True)
-        _write(path, text)
+        _write(path, head + body)
     except OSError as error:
         raise UserError(
             f"{recipe.output} cannot be written: {error.strerror}; choose another --output"
@@ -192,13 +201,14 @@ def verdict(run: Run, reference: Run) -> str:
     )
 
 
-def describe(runs: Sequence[Run], facts: Sequence[str], commands: Sequence[str]) -> str:
+def describe(runs: Sequence[Run], facts: Sequence[str], commands: Sequence[str], padded: bool = False) -> str:
     """The report as Markdown.
 
     Args:
         runs: of each backend; differences are from the first.
         facts: lines about the machine and the software.
         commands: one a run, as they can be repeated.
+        padded: sequences are filled up where a paper is shorter.
     """
     reference, *others = runs
     names = [run.backend for run in runs]
@@ -216,6 +226,7 @@ def describe(runs: Sequence[Run], facts: Sequence[str], commands: Sequence[str])
         f"Speeds are medians without the first {WARM_UP_STEPS} steps. Time to the first step counts from the "
         "start of the process.",
         "",
+        *([PADDING, ""] if padded else []),
         "## Losses, nats a token",
         "",
         *_table(

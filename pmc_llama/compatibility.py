@@ -42,20 +42,20 @@ def check_model(recipe: Recipe, config: LlamaConfig, corpus: Corpus) -> None:
         )
 
 
-def check_shape(recipe: Recipe, config: LlamaConfig, other: dict[str, Any], where: str | Path) -> None:
+def check_shape(recipe: Recipe, config: LlamaConfig, other: LlamaConfig, where: Path) -> None:
     """Weights that are to be loaded have the shape of the recipe's model.
 
     Args:
         recipe: names the model.
-        config: of the recipe's model.
-        other: configuration that belongs to the weights, as plain data.
+        config: of the model that the recipe names.
+        other: that belongs to the weights.
         where: they are; told to the user.
 
     Raises:
         UserError: names the first value that differs.
     """
     for key in _SHAPE_KEYS:
-        ours, theirs = getattr(config, key), other.get(key)
+        ours, theirs = getattr(config, key), getattr(other, key)
         if ours != theirs:
             raise UserError(
                 f"The weights in {where} have {key} {theirs}, but the recipe's model (model.size "
@@ -63,13 +63,12 @@ def check_shape(recipe: Recipe, config: LlamaConfig, other: dict[str, Any], wher
             )
 
 
-def check_resumable(recipe: Recipe, config: LlamaConfig, corpus: Corpus, manifest: Manifest) -> None:
-    """The run can go on from a checkpoint exactly where it stopped, in the weights and in the data.
+def check_resumable(recipe: Recipe, corpus: Corpus, manifest: Manifest) -> None:
+    """The run can go on from a checkpoint exactly where it stopped in the data.
 
     Raises:
-        UserError: model, corpus or sample order are not those of the checkpoint.
+        UserError: corpus or sample order are not those of the checkpoint.
     """
-    check_shape(recipe, config, manifest.model_config, "the checkpoint")
     if manifest.corpus != corpus.fingerprint:
         raise UserError(
             f"The checkpoint was trained on a corpus with fingerprint {manifest.corpus[:12]}, but "
@@ -89,5 +88,5 @@ def check_resumable(recipe: Recipe, config: LlamaConfig, corpus: Corpus, manifes
 def _lookup(tree: dict[str, Any], dotted: str) -> Any:
     value: Any = tree
     for key in dotted.split("."):
-        value = value[key]
+        value = value.get(key) if isinstance(value, dict) else None
     return value

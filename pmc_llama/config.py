@@ -102,7 +102,7 @@ class PrecisionConfig:
 
     Args:
         compute: dtype of forward, backward and parameter all-gather.
-        reduce: dtype in which gradients are reduced and accumulated.
+        reduce: dtype in which gradients are summed over the ranks; micro-batches accumulate in fp32.
     """
 
     compute: Literal["bf16", "fp32"] = "bf16"
@@ -165,7 +165,7 @@ class Recipe:
     """A run of `pmc-llama train`.
 
     Args:
-        output: the run's directory: checkpoints, `metrics.jsonl`, TensorBoard, logs.
+        output: the run's directory: checkpoints, `metrics.jsonl`, TensorBoard.
         backend: what shards the model: DeepSpeed ZeRO-3, or FSDP2 (`torch.distributed.fsdp.fully_shard`).
         seed: decides the random first weights and the sample order.
         model: which model.

@@ -70,9 +70,9 @@ def connect(ranks: Ranks, timeout: timedelta) -> torch.device:
             this machine than GPUs.
     """
     device = _device(ranks)
-    os.environ.update(
-        RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank)
-    )
+    # DeepSpeed takes LOCAL_RANK for the number of the GPU.
+    local_rank = device.index if device.type == "cuda" else ranks.local_rank
+    os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(local_rank))
     backend = "nccl" if device.type == "cuda" else "gloo"
     if ranks.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -135,7 +135,8 @@ def _device(ranks: Ranks) -> torch.device:
     gpus = torch.cuda.device_count()
     if gpus == 0:
         return torch.device("cpu")
-    index = 0 if gpus == 1 else ranks.local_rank  # srun --gpus-per-task=1 shows each rank its own GPU alone
+    # srun --gpus-per-task=1 shows each rank its own GPU alone.
+    index = 0 if gpus == 1 and ranks.launcher == "slurm" else ranks.local_rank
     if index >= gpus:
         raise UserError(
             f"Local rank {ranks.local_rank} has no GPU, {gpus} are visible on {socket.gethostname()}; "

@@ -4,12 +4,13 @@ Neither direction holds a model in memory. Reading fills whatever part of each t
 from safetensors; writing takes as much memory as one output file.
 """
 
+import errno
 import json
 import os
 import shutil
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -20,12 +21,14 @@ from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, HuggingFaceStorageReader, StorageReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import ReadItem
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from data_tools.errors import UserError
-from pmc_llama.checkpoint import TOKENIZER, Manifest, verify
+from pmc_llama.checkpoint import MANIFEST, TOKENIZER, Manifest, verify
 from pmc_llama.huggingface_tokenizer import write_tokenizer
+from pmc_llama.model import check_buildable
 from pmc_llama.progress import ByteProgress
 
 ExportDtype = Literal["bf16", "fp16", "fp32"]
@@ -37,13 +40,15 @@ INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000  # transformers' own habit is 5 GB and more; smaller files travel better
 
 _READABLE = {"F16", "BF16", "F32"}
+_ROTARY_FREQUENCIES = "rotary_emb.inv_freq"  # which older versions of transformers stored; they are computed
+_PARTIAL = ".partial"
 
 
 # --- in --------------------------------------------------------------------------------------------------
 
 
 def check_directory(path: Path) -> LlamaConfig:
-    """Check, from headers alone, that a directory holds every weight of a LLaMA model.
+    """Check, from headers alone, that a directory holds every weight of a LLaMA model and no other.
 
     Args:
         path: `config.json` and safetensors weights, in one file or in shards with an index.
@@ -52,13 +57,14 @@ def check_directory(path: Path) -> LlamaConfig:
         The model's configuration.
 
     Raises:
-        UserError: it is not a directory, has no configuration, is another kind of model, is quantized, has
-            its weights in another format, lacks a shard or a tensor, or has one damaged, twice or of a wrong
-            shape.
+        UserError: it is not a directory, has no configuration or one of no model, is another kind of model,
+            is quantized, has its weights in another format, lacks a shard or a tensor, has one damaged, twice
+            or of a wrong shape, or has one that the model has not.
     """
     config = _read_config(path)
     found = _tensors(path)
-    for name, shape in parameter_shapes(config).items():
+    shapes = parameter_shapes(config)
+    for name, shape in shapes.items():
         if name not in found:
             raise UserError(f"{path}: tensor {name} is missing from the weights that {CONFIG} describes")
         file, dtype, stored = found[name]
@@ -68,6 +74,13 @@ def check_directory(path: Path) -> LlamaConfig:
             )
         if dtype not in _READABLE:
             raise UserError(f"{file}: tensor {name} is of type {dtype}, expected one of F16, BF16 and F32")
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    for name in found.keys() - shapes.keys() - tied:
+        if not name.endswith(_ROTARY_FREQUENCIES):
+            raise UserError(
+                f"{found[name][0]}: tensor {name} is not of the model that {CONFIG} describes, which would be "
+                "trained without it; mend the configuration"
+            )
     return config
 
 
@@ -88,6 +101,18 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
+def _llama_config(values: dict[str, Any], where: Path) -> LlamaConfig:
+    """The configuration that a file holds, of a model that can be built."""
+    try:
+        config = LlamaConfig.from_dict(values)
+    except Exception as error:  # whatever nonsense in a file leads to, deep in transformers
+        raise UserError(
+            f"{where} does not describe a LLaMA model: {' '.join(str(error).split())}; copy it again"
+        ) from error
+    check_buildable(config, where)
+    return config
+
+
 def _read_config(path: Path) -> LlamaConfig:
     if not path.is_dir():
         raise UserError(f"{path} is not a directory; expected one with {CONFIG} and safetensors weights")
@@ -106,7 +131,7 @@ def _read_config(path: Path) -> LlamaConfig:
         )
     if "quantization_config" in values:
         raise UserError(f"{path / CONFIG} describes quantized weights; use the original fp16 or bf16 ones")
-    return LlamaConfig.from_dict(values)
+    return _llama_config(values, path / CONFIG)
 
 
 def _tensors(path: Path) -> dict[str, tuple[Path, str, torch.Size]]:
@@ -175,22 +200,41 @@ def export(
         UserError: the checkpoint is damaged, `directory` is in use, a weight does not fit `dtype`, the
             tokenizer cannot be expressed exactly, or the disk refuses.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    try:
+        _export(checkpoint, directory.resolve(), dtype, max_shard_bytes)
+    except (OSError, SafetensorError) as error:
+        full = os.strerror(errno.ENOSPC) in str(error)  # safetensors gives no number
+        advice = "make room, then export again" if full else "mend that or choose another directory"
+        raise UserError(f"{checkpoint} cannot be exported to {directory}: {error}; {advice}") from error
+
+
+def _export(checkpoint: Path, directory: Path, dtype: ExportDtype, max_shard_bytes: int) -> None:
+    empty = directory.is_dir() and all(path.name == _PARTIAL for path in directory.iterdir())
+    if directory.exists() and not empty:
         raise UserError(
             f"{directory} is there already and not an empty directory; choose another or remove it"
         )
-    manifest = verify(checkpoint)
-    aside = directory.with_name(f".{directory.name}.partial")
+    # An empty directory is filled, not replaced: it may be a mount, or the one that the user is in.
+    aside = directory / _PARTIAL if empty else directory.with_name(f".{directory.name}{_PARTIAL}")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
+        manifest = verify(checkpoint)
         _write(checkpoint, manifest, aside, directory.name, dtype, max_shard_bytes)
         _synchronize(aside)
-        aside.rename(directory)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{directory} could not be written: {error}; make room, then export again") from error
+        if empty:
+            _move_files(aside, directory)
+        else:
+            aside.rename(directory)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Move every file; the configuration last, without which transformers opens nothing."""
+    for path in sorted(source.iterdir(), key=lambda path: path.name == CONFIG):
+        path.rename(target / path.name)
+    _fsync(target)
 
 
 def _write(
@@ -201,10 +245,10 @@ def _write(
     dtype: ExportDtype,
     max_shard_bytes: int,
 ) -> None:
-    config = LlamaConfig.from_dict(manifest.model_config)
+    config = _llama_config(manifest.model_config, checkpoint / MANIFEST)
     tokenizer = checkpoint / TOKENIZER
-    _write_configs(config, SentencePieceProcessor(model_file=str(tokenizer)), directory, dtype)
     write_tokenizer(tokenizer, directory, config.max_position_embeddings)
+    _write_configs(config, SentencePieceProcessor(model_file=str(tokenizer)), directory, dtype)
     shapes = parameter_shapes(config)
     (directory / "README.md").write_text(_model_card(name, manifest, shapes, dtype))
 
@@ -225,7 +269,16 @@ def _load(checkpoint: Path, empty: dict[str, Tensor], planner: DefaultLoadPlanne
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         # Copying an fp32 piece into a tensor of another dtype rounds it, so no fp32 copy is ever whole.
-        dcp.load(tensors, checkpoint_id=checkpoint, planner=planner, no_dist=True)
+        try:
+            dcp.load(tensors, checkpoint_id=checkpoint, planner=planner, no_dist=True)
+        except CheckpointException as error:
+            cause, _ = next(iter(error.failures.values()))
+            if not isinstance(cause, Exception):
+                raise cause from error  # it catches Ctrl-C, too
+            raise UserError(
+                f"the tensors of {checkpoint} are not those that its {MANIFEST} describes: "
+                f"{' '.join(str(cause).split())}; use an earlier checkpoint"
+            ) from error
     for name, tensor in tensors.items():
         if tensor.dtype == torch.float16 and not tensor.isfinite().all():
             raise UserError(f"{name} has values beyond the range of fp16; export with --dtype bf16")
@@ -319,8 +372,12 @@ class _CountingPlanner(DefaultLoadPlanner):
 def _synchronize(directory: Path) -> None:
     """Have every byte of the directory on disk before its name says that it is complete."""
     for path in (*directory.iterdir(), directory):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -73,11 +73,18 @@ def exact_tokenizer(model: Path) -> Tokenizer:
         model: a SentencePiece BPE model without normalization, such as LLaMA's.
 
     Raises:
-        UserError: the model is of a kind whose ids that library cannot reproduce, found by trying.
+        UserError: the file is missing or damaged, or is of a kind whose ids that library cannot reproduce,
+            found by trying.
     """
-    sentencepiece = SentencePieceProcessor(model_file=str(model))
-    tokenizer = _convert(sentencepiece)
-    if (text := _first_difference(tokenizer, sentencepiece)) is not None:
+    try:
+        sentencepiece = SentencePieceProcessor(model_file=str(model))
+        tokenizer = _convert(sentencepiece)
+        text = _first_difference(tokenizer, sentencepiece)
+    except Exception as error:  # either library raises what it likes for a damaged file
+        raise UserError(
+            f"{model} is not a readable SentencePiece model ({' '.join(str(error).split())}); copy it again"
+        ) from error
+    if text is not None:
         raise UserError(
             f"{model}: its ids for {text[:40]!r} cannot be reproduced by a Hugging Face tokenizer; expected "
             "a SentencePiece BPE model without normalization or user-defined symbols"

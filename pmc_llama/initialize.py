@@ -22,7 +22,7 @@ from torch.futures import Future
 
 
 class RandomWeights(StorageReader):
-    """Normal weights of standard deviation `std`, norm weights of one (transformers' own rule for LLaMA).
+    """Normal matrices of standard deviation `std`, norms of one, biases of zero, as transformers has it.
 
     Args:
         shapes: of every tensor that may be asked for, by name.
@@ -56,6 +56,8 @@ class RandomWeights(StorageReader):
         """The whole fp32 tensor called `name`."""
         if "norm" in name:
             return torch.ones(self.shapes[name])
+        if name.endswith(".bias"):
+            return torch.zeros(self.shapes[name])
         generator = torch.Generator().manual_seed(
             xxhash.xxh3_64_intdigest(f"{self.seed}/{name}".encode()) >> 1
         )

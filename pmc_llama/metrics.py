@@ -49,10 +49,11 @@ class Metrics:
     """The records of a run; on ranks other than 0 every method does nothing.
 
     Args:
-        output_dir: the run's directory: gets `metrics.jsonl` and `tensorboard/`; made if missing.
+        output_dir: the run's directory: gets `recipe.yaml`, `metrics.jsonl` and `tensorboard/`; made if
+            missing.
         rank: of this process.
         resume_step: the step of the checkpoint that the run goes on from; 0 when it starts afresh.
-        recipe_text: the recipe as YAML, for TensorBoard's text tab.
+        recipe_text: the recipe as YAML, for its file and TensorBoard's text tab.
         every_steps: steps between console lines; the first, the last, and steps with a held-out loss always
             have one. The files have every step.
 
@@ -69,17 +70,32 @@ class Metrics:
         self._console = _ConsoleLines(resume_step, every_steps)
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
+            _write_whole(output_dir / "recipe.yaml", recipe_text)
             self._json_lines = _JsonLines(output_dir / "metrics.jsonl", resume_step)
             self._tensorboard = _TensorBoard(output_dir / "tensorboard", resume_step, recipe_text)
         except OSError as error:
             raise UserError(f"output: cannot write the run's records to {output_dir}: {error}") from error
 
     def record(self, record: StepRecord) -> None:
-        """Tell a step; once it returns, a kill of the process loses nothing of it."""
+        """Tell a step; once it returns, a kill of the process loses nothing of it.
+
+        Raises:
+            UserError: the disk refuses.
+        """
         if self._speaks:
-            self._json_lines.record(record)
-            self._tensorboard.record(record)
+            try:
+                self._json_lines.record(record)
+                self._tensorboard.record(record)
+            except OSError as error:
+                raise UserError(
+                    f"The run's records cannot be written: {error}; mend that, then go on with --resume."
+                ) from error
             self._console.record(record)
+
+    def synchronize(self) -> None:
+        """Have `metrics.jsonl` on disk, so that no checkpoint outlives the lines before it."""
+        if self._speaks:
+            self._json_lines.synchronize()
 
     def say(self, text: str) -> None:
         """Print a line of text."""
@@ -147,20 +163,28 @@ class _JsonLines:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if path.exists() else []
-        aside = path.with_name(f".{path.name}.partial")
-        with aside.open("w") as file:
-            file.writelines(_json_line(row) for row in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        _write_whole(path, "".join(_json_line(row) for row in kept))
         self._file = path.open("a")
 
     def record(self, record: StepRecord) -> None:
         self._file.write(_json_line(asdict(record)))
         self._file.flush()
 
+    def synchronize(self) -> None:
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write aside, sync, rename: the file is there whole or as it was."""
+    aside = path.with_name(f".{path.name}.partial")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
 
 
 def _json_line(row: dict[str, Any]) -> str:

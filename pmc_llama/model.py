@@ -51,8 +51,34 @@ def llama_config(model: ModelConfig, vocab_size: int) -> LlamaConfig:
         config = LlamaConfig(**_COMMON, **SIZES[model.size])
     else:
         config = _config_from_file(Path(model.size))
+        check_buildable(config, model.size)
     config.vocab_size = model.vocab_size or vocab_size
+    return config
+
+
+def check_buildable(config: LlamaConfig, where: str | Path) -> None:
+    """A configuration that a user gave makes a model; found out on meta, without memory.
+
+    Args:
+        config: to try.
+        where: it came from; told to the user.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        with torch.device("meta"):
+            LlamaForPretraining(config)
+    except Exception as error:  # whatever nonsense in a file leads to, deep in transformers
+        raise UserError(f"{where} does not describe a model that can be built: {error}") from error
+    if config.num_hidden_layers < 1:
+        raise UserError(f"{where} has num_hidden_layers {config.num_hidden_layers}; expected 1 or more.")
+
+
+def for_training(config: LlamaConfig) -> LlamaConfig:
+    """The configuration as training needs it: no cache; no dropout, whose draws no resume could repeat."""
     config.use_cache = False
+    config.attention_dropout = 0.0
     return config
 
 
@@ -65,7 +91,7 @@ def _config_from_file(path: Path) -> LlamaConfig:
         )
     try:
         config = LlamaConfig.from_json_file(str(path))
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # whatever nonsense in a file leads to, deep in transformers
         raise UserError(f"model.size: {path} is not a readable model configuration: {error}") from error
     if config.model_type != "llama":
         raise UserError(
@@ -115,7 +141,10 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """
     rows = torch.split(logits.flatten(0, 1), LOSS_CHUNK)
     targets = torch.split(labels.flatten(), LOSS_CHUNK)
-    losses = [checkpoint(_chunk_loss, r, t, use_reentrant=False) for r, t in zip(rows, targets, strict=True)]
+    losses = [
+        checkpoint(_chunk_loss, row, target, use_reentrant=False, preserve_rng_state=False)
+        for row, target in zip(rows, targets, strict=True)
+    ]
     return torch.stack(losses).sum()
 
 

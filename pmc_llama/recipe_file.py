@@ -26,13 +26,15 @@ from pmc_llama.config import Recipe
 Check = tuple[Callable[[Any], bool], str]
 
 _ONE_OR_MORE: Check = (lambda value: value >= 1, "1 or more")
-_ZERO_OR_MORE: Check = (lambda value: 0 <= value < math.inf, "0 or more")
-_ABOVE_ZERO: Check = (lambda value: 0 < value < math.inf, "above 0")
+_ZERO_OR_MORE: Check = (lambda value: value >= 0, "0 or more")
+_NOT_NEGATIVE: Check = (lambda value: 0 <= value < math.inf, "a finite number, 0 or more")
+_ABOVE_ZERO: Check = (lambda value: 0 < value < math.inf, "a finite number above 0")
 _FRACTION: Check = (lambda value: 0 <= value <= 1, "between 0 and 1")
 _DECAY: Check = (lambda value: 0 <= value < 1, "0 or more and below 1")
+_SEED: Check = (lambda value: 0 <= value < 2**63, "0 or more and below 2^63")  # torch and numpy take 64 bits
 
 CHECKS: dict[str, Check] = {
-    "seed": _ZERO_OR_MORE,
+    "seed": _SEED,
     "model.vocab_size": _ONE_OR_MORE,
     "data.sequence_length": _ONE_OR_MORE,
     "batch.global_size": _ONE_OR_MORE,
@@ -45,7 +47,7 @@ CHECKS: dict[str, Check] = {
     "optimizer.beta1": _DECAY,
     "optimizer.beta2": _DECAY,
     "optimizer.epsilon": _ABOVE_ZERO,
-    "optimizer.weight_decay": _ZERO_OR_MORE,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
     "optimizer.max_grad_norm": _ABOVE_ZERO,
     "checkpoint.every_steps": _ONE_OR_MORE,
     "checkpoint.keep_last": _ONE_OR_MORE,
@@ -55,7 +57,13 @@ CHECKS: dict[str, Check] = {
     "logging.every_steps": _ONE_OR_MORE,
 }
 
-_KINDS = {int: "a whole number", float: "a number", str: "text", Path: "a path", types.NoneType: "null"}
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text that is not empty",
+    Path: "a path",
+    types.NoneType: "null",
+}
 
 
 class RecipeParser(ArgumentParser):
@@ -106,6 +114,9 @@ class RecipeParser(ArgumentParser):
             if value is None and types.NoneType not in get_args(RECIPE_KEYS[key]):
                 self._refuse(key)  # jsonargparse takes null for any key
         values = vars(self.instantiate(self.parse_args(list(arguments))))
+        for key, value in {**self._in_file, **self._in_options}.items():
+            if value == "" and key in RECIPE_KEYS:
+                self._refuse(key)  # the path that it converts to is the working directory
         recipe = Recipe(**{field.name: values[field.name] for field in fields(Recipe)})
         check(recipe)
         return recipe, values
@@ -134,8 +145,18 @@ class RecipeParser(ArgumentParser):
 
 
 def recipe_path(arguments: Sequence[str]) -> Path | None:
-    """The recipe file among the arguments of a command, where it comes first; None when there is none."""
-    return Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
+    """The recipe file, the first argument of a command; None for `--help` alone.
+
+    Raises:
+        UserError: there is no argument, or an option in its place, whose value would be taken for the file.
+    """
+    if not arguments:
+        raise UserError("there is no RECIPE; name a recipe file, such as recipes/demo.yaml, or see --help")
+    if arguments[0] in ("-h", "--help"):
+        return None
+    if arguments[0].startswith("-"):
+        raise UserError(f"the first argument is {arguments[0]}, expected the RECIPE file; options come after")
+    return Path(arguments[0])
 
 
 def check(recipe: Recipe) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import yaml
+from transformers import LlamaConfig
 
 from data_tools.corpus import Corpus
 from data_tools.errors import UserError
@@ -22,7 +23,8 @@ from pmc_llama.distributed import Ranks, connect, disconnect, discover
 from pmc_llama.huggingface_tokenizer import exact_tokenizer
 from pmc_llama.initialize import RandomWeights
 from pmc_llama.metrics import Metrics, StepRecord, model_flops_per_token, model_flops_utilization, peak_memory
-from pmc_llama.model import llama_config
+from pmc_llama.model import check_buildable, for_training, llama_config
+from pmc_llama.run_lock import lock
 from pmc_llama.schedule import learning_rate, total_steps
 
 # Longest wait for another rank: above the slowest thing that one rank does while the others wait.
@@ -44,8 +46,8 @@ def train(recipe: Recipe, resume: str | None, started: float) -> None:
     """
     ranks = discover()
     device = connect(ranks, COLLECTIVE_TIMEOUT)
-    trainer = Trainer(recipe, ranks, device, started)
-    trainer.start(resume)
+    trainer = Trainer(recipe, ranks, device, started, resume)
+    trainer.start()
     trainer.run()
     trainer.close()
     disconnect()
@@ -59,21 +61,17 @@ class Trainer:
         steps: optimizer steps of the whole run.
     """
 
-    def __init__(self, recipe: Recipe, ranks: Ranks, device: torch.device, started: float) -> None:
+    def __init__(
+        self, recipe: Recipe, ranks: Ranks, device: torch.device, started: float, resume: str | None
+    ) -> None:
         self.recipe, self.ranks, self.device, self.started = recipe, ranks, device, started
-        self.checkpoints = recipe.output / "checkpoints"
+        used = ("pmc-llama", "torch", "transformers", *(["deepspeed"] * (recipe.backend == "deepspeed")))
+        self.versions = {name: version(name) for name in used}
         # Checkpoints gather their plans over gloo: small Python objects, and never in the way of NCCL.
         self.checkpoint_group = dist.new_group(backend="gloo")
-
         self.corpus = Corpus.open(recipe.data.corpus)
         self.training, self.heldout = self.corpus.split("train"), self.corpus.split("heldout")
-        source = recipe.model.initialize_from
-        weights = huggingface.check_directory(source) if source else None
-        self.config = llama_config(recipe.model, weights.vocab_size if weights else self.corpus.vocab_size)
-        check_model(recipe, self.config, self.corpus)
         exact_tokenizer(self.corpus.tokenizer_path)  # what could not be exported is not trained
-        if weights:
-            check_shape(recipe, self.config, weights.to_dict(), str(source))
 
         data, batch = recipe.data, recipe.batch
         self.order = sample_order(self.training, data.mode, data.sequence_length, recipe.seed)
@@ -82,27 +80,26 @@ class Trainer:
         )
         self.step = 0
         self.steps = total_steps(recipe.schedule, self.order.samples_per_epoch, batch.global_size)
+
+        self.checkpoints = recipe.output / "checkpoints"
+        self.source = self._find_checkpoint(resume)
+        self.config = for_training(self._model_config())
+        check_model(recipe, self.config, self.corpus)
         self.backend = build_backend(recipe, self.config, device)
 
     # --- the life of a run -----------------------------------------------------------------------------
 
-    def start(self, resume: str | None) -> None:
+    def start(self) -> None:
         """Load the first weights, or all of a checkpoint, and open the run's records."""
-        source = self._find_checkpoint(resume)
-        if source:
-            manifest = checkpoint.read_manifest(source)
-            check_resumable(self.recipe, self.config, self.corpus, manifest)
-            checkpoint.load(self.backend.state(), source, self.checkpoint_group)
-            self.step = manifest.step
+        if self.source:
+            self._load_checkpoint(self.source)
         else:
             self._load_first_weights()
         self.backend.state_loaded()
         text = yaml.safe_dump(plain(self.recipe), sort_keys=False)
         every = self.recipe.logging.every_steps
         self.metrics = Metrics(self.recipe.output, self.ranks.rank, self.step, text, every)
-        if self.ranks.rank == 0:
-            (self.recipe.output / "recipe.yaml").write_text(text)
-        self._introduce(source)
+        self._introduce()
 
     def run(self) -> None:
         """Train to the last step; publish checkpoints on the way and at the end."""
@@ -145,6 +142,7 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Publish a checkpoint of this step, then remove those that the recipe does not keep."""
         begin, keep = time.perf_counter(), self.recipe.checkpoint
+        self.metrics.synchronize()
         state, tokenizer = self.backend.state(), self.corpus.tokenizer_path
         path = checkpoint.save(state, self.checkpoints, self._manifest, tokenizer, self.checkpoint_group)
         if self.ranks.rank == 0:
@@ -159,19 +157,48 @@ class Trainer:
     # --- starting ----------------------------------------------------------------------------------------
 
     def _find_checkpoint(self, resume: str | None) -> Path | None:
-        if resume is None:
-            if checkpoint.list_checkpoints(self.checkpoints):
-                raise UserError(
-                    f"{self.checkpoints} already holds checkpoints; add --resume to go on from them, or "
-                    "choose another --output."
-                )
-            return None
+        if self.ranks.rank == 0:
+            self.lock = lock(self.recipe.output)
+            checkpoint.tidy(self.checkpoints)
+        dist.barrier(self.checkpoint_group)
         if resume == "latest":
             return checkpoint.newest_sound(self.checkpoints, self.checkpoint_group, self._warn)
-        damage = checkpoint.verify_together(Path(resume), self.checkpoint_group)
-        if damage:
+        source, here = (Path(resume) if resume else None), checkpoint.list_checkpoints(self.checkpoints)
+        if source and (damage := checkpoint.verify_together(source, self.checkpoint_group)):
             raise UserError(damage)
-        return Path(resume)
+        if here and not (source and source.resolve() == here[-1].resolve()):
+            raise UserError(
+                f"{self.checkpoints} already holds checkpoints; add --resume to go on from the newest, or "
+                "choose another --output."
+            )
+        return source
+
+    def _model_config(self) -> LlamaConfig:
+        """The checkpoint's, else the first weights', else the one that the recipe names."""
+        recipe = self.recipe
+        where = self.source or recipe.model.initialize_from
+        if where is None:
+            return llama_config(recipe.model, self.corpus.vocab_size)
+        if self.source:
+            config = LlamaConfig.from_dict(checkpoint.read_manifest(self.source).model_config)
+            check_buildable(config, where)
+        else:
+            config = huggingface.check_directory(where)
+        # The size is what the recipe says; all else that makes the function is what the weights say.
+        check_shape(recipe, llama_config(recipe.model, config.vocab_size), config, where)
+        return config
+
+    def _load_checkpoint(self, source: Path) -> None:
+        manifest = checkpoint.read_manifest(source)
+        check_resumable(self.recipe, self.corpus, manifest)
+        state = self.backend.state()
+        checkpoint.load(state, source, self.checkpoint_group)
+        self.step = manifest.step
+        if state["optim.step"] != self.step:
+            raise UserError(
+                f"{source} is damaged: its manifest says step {self.step}, its tensors "
+                f"{state['optim.step'].item()}; use an earlier checkpoint."
+            )
 
     def _load_first_weights(self) -> None:
         source, state = self.recipe.model.initialize_from, self.backend.state()
@@ -183,7 +210,7 @@ class Trainer:
             reader = RandomWeights(shapes, self.recipe.seed, self.config.initializer_range)
         checkpoint.read_weights(weights, reader, self.checkpoint_group)
 
-    def _introduce(self, source: Path | None) -> None:
+    def _introduce(self) -> None:
         recipe, say = self.recipe, self.metrics.say
         say(
             f"{recipe.backend}, {recipe.precision.compute}, on {self.ranks.world_size} x {self.device.type} "
@@ -194,7 +221,7 @@ class Trainer:
             f"{self.training.tokens:,} tokens; {self.steps:,} steps of "
             f"{recipe.batch.global_size} x {recipe.data.sequence_length} tokens"
         )
-        origin = source or recipe.model.initialize_from or f"random weights of seed {recipe.seed}"
+        origin = self.source or recipe.model.initialize_from or f"random weights of seed {recipe.seed}"
         say(f"starting after step {self.step} from {origin}")
 
     def _warn(self, text: str) -> None:
@@ -244,7 +271,7 @@ class Trainer:
             recipe=plain(self.recipe),
             model_config=self.config.to_dict(),
             corpus=self.corpus.fingerprint,
-            versions={name: version(name) for name in ("pmc-llama", "torch", "transformers")},
+            versions=self.versions,
             files=files,
         )
 

@@ -45,7 +45,8 @@ def engine_settings(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     """The DeepSpeed configuration of a recipe.
 
     Loss scaling by accumulation and gradient clipping are left to this module, so that they are the same
-    under every backend. Reducing in fp32 takes both `communication_data_type` and `grad_accum_dtype`.
+    under every backend. Gradients accumulate in fp32 whatever they are reduced in, as under FSDP2; without
+    `grad_accum_dtype` they would accumulate in bf16 even when reduced in fp32.
     """
     micro_size, ranks = recipe.batch.micro_size, dist.get_world_size()
     settings: dict[str, Any] = {
@@ -54,7 +55,7 @@ def engine_settings(recipe: Recipe, device: torch.device) -> dict[str, Any]:
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "communication_data_type": recipe.precision.reduce,
-        "data_types": {"grad_accum_dtype": recipe.precision.reduce},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": 3,
             "contiguous_gradients": True,
@@ -85,7 +86,7 @@ class DeepSpeedBackend:
         # AdamW makes its moments at the first update; a checkpoint may be read before that.
         for flat in self.zero.fp32_partitioned_groups_flat:
             self.zero.optimizer.state[flat] = {
-                "step": torch.zeros((), dtype=torch.float32),
+                "step": torch.zeros((), dtype=torch.float32, device=device),
                 "exp_avg": torch.zeros_like(flat.data),
                 "exp_avg_sq": torch.zeros_like(flat.data),
             }

@@ -1,6 +1,8 @@
 """Checkpoints appear whole or not at all; damage is named; the right ones are kept."""
 
 import json
+import resource
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,7 +77,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path
     assert len(said) == 1
     assert "step-00000002" in said[0]
     (older / "__0_0.distcp").write_bytes(b"")
-    with pytest.raises(UserError, match="every checkpoint"):
+    with pytest.raises(UserError, match="Every checkpoint"):
         checkpoint.newest_sound(root, dist.group.WORLD, said.append)
 
 
@@ -100,6 +102,61 @@ def test_a_failed_write_leaves_the_older_checkpoint_and_says_where(tmp_path: Pat
     checkpoint.verify(older)
 
 
+def test_a_write_that_the_disk_refuses_leaves_the_older_checkpoint_and_nothing_half_done(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "checkpoints"
+    older = _save(root, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as if the disk were full after 100 bytes
+    try:
+        with pytest.raises(UserError, match=r"could not be written.*GB are free"):
+            _save(root, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in root.iterdir()] == [older.name]
+    checkpoint.verify(older)
+
+
+def test_what_a_kill_left_half_done_is_cleared_and_what_was_whole_comes_back(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    whole = _save(root, 1)
+    whole.rename(root / f".replaced-{whole.name}")  # killed between the two renames of a replacement
+    _save(root, 2).rename(root / ".removing-step-00000002")
+    _save(root, 3).rename(root / ".writing")
+    checkpoint.tidy(root)
+    assert [path.name for path in root.iterdir()] == [whole.name]
+    checkpoint.verify(whole)
+    checkpoint.tidy(tmp_path / "not there yet")
+
+
+def test_what_is_published_after_damage_is_the_newest(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    _save(root, 6)
+    (_save(root, 12) / "__0_0.distcp").write_bytes(b"damaged")
+    assert checkpoint.newest_sound(root, dist.group.WORLD, print) == root / "step-00000006"
+    _save(root, 8)
+    checkpoint.prune(root, keep_last=1, keep_every=0)
+    assert sorted(path.name for path in root.iterdir()) == ["damaged-step-00000012", "step-00000008"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {"a": 3}},
+        {"files": {"__0_0.distcp": {"bytes": 1, "xxh3_128": "0"}}},
+        {"files": []},
+        {"unknown": 1},
+    ],
+)
+def test_a_manifest_that_makes_no_sense_is_damage(tmp_path: Path, change: dict[str, object]) -> None:
+    path = _save(tmp_path / "checkpoints", 1) / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.verify(path.parent)
+
+
 def test_saving_a_step_again_replaces_it_whole(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     (_save(root, 1) / "__0_0.distcp").write_bytes(b"damaged")
@@ -109,7 +166,7 @@ def test_saving_a_step_again_replaces_it_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("keep_last", "keep_every", "expected"),
-    [(1, 0, [5]), (2, 0, [4, 5]), (9, 0, [1, 2, 3, 4, 5]), (1, 2, [2, 4, 5]), (0, 0, [5])],
+    [(1, 0, [5]), (2, 0, [4, 5]), (9, 0, [1, 2, 3, 4, 5]), (1, 2, [2, 4, 5])],
 )
 def test_retention_by_count_and_by_interval(
     tmp_path: Path, keep_last: int, keep_every: int, expected: list[int]
