@@ -63,7 +63,7 @@ def stage(title: str) -> None:
 def run(program: str, *arguments: str) -> None:
     """Run a command of this interpreter's environment; a failure ends the demo with its status."""
     console.print(f"[bold green]$[/] {shlex.join([program, *arguments])}")
-    command = [Path(sys.executable).parent / program, *arguments]
+    command = [str(Path(sys.executable).parent / program), *arguments]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}  # a core for each rank; torchrun warns without it
     status = subprocess.run(command, check=False, env=environment).returncode
     if status:

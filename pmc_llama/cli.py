@@ -119,7 +119,9 @@ def export(arguments: Sequence[str]) -> None:
         metavar="CHECKPOINT",
         help="checkpoint directory, or the output directory of a run, whose newest checkpoint it is then",
     )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="where the model goes; must not exist")
+    parser.add_argument(
+        "directory", type=Path, metavar="DIR", help="where the model goes; must not exist, or be empty"
+    )
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights")
     options = parser.parse_args(arguments)
 

@@ -107,15 +107,16 @@ def _keep_recipe(recipe: Recipe, conditions: str) -> Path:
     path = recipe.output / "recipe.yaml"
     head, body = f"# {conditions}\n", yaml.safe_dump(plain(recipe), sort_keys=False)
     try:
-        kept = path.read_text() if path.exists() else head + body
+        kept = path.read_text(errors="replace") if path.exists() else head + body
+        before = kept.removesuffix(body).removeprefix("# ").strip() or "unknown conditions"
         if not kept.endswith(body):
             raise UserError(
                 f"{recipe.output} holds the comparison of another recipe ({path}); choose another --output"
             )
         if not kept.startswith(head):
             raise UserError(
-                f"{recipe.output} holds a comparison made otherwise ({kept.removesuffix(body).strip() or 'unknown'}; "
-                f"this one is of {conditions}); choose another --output"
+                f"{recipe.output} holds the comparison under {before}, expected {conditions}; "
+                "choose another --output"
             )
         recipe.output.mkdir(parents=True, exist_ok=True)
         _write(path, head + body)

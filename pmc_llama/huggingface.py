@@ -78,8 +78,8 @@ def check_directory(path: Path) -> LlamaConfig:
     for name in found.keys() - shapes.keys() - tied:
         if not name.endswith(_ROTARY_FREQUENCIES):
             raise UserError(
-                f"{found[name][0]}: tensor {name} is not of the model that {CONFIG} describes, which would be "
-                "trained without it; mend the configuration"
+                f"{found[name][0]}: tensor {name} is not of the model that {CONFIG} describes, which would "
+                "be trained without it; mend the configuration"
             )
     return config
 

@@ -70,9 +70,13 @@ def check_buildable(config: LlamaConfig, where: str | Path) -> None:
         with torch.device("meta"):
             LlamaForPretraining(config)
     except Exception as error:  # whatever nonsense in a file leads to, deep in transformers
-        raise UserError(f"{where} does not describe a model that can be built: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where} does not describe a model that can be built: {reason}") from error
     if config.num_hidden_layers < 1:
         raise UserError(f"{where} has num_hidden_layers {config.num_hidden_layers}; expected 1 or more.")
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if heads % groups:
+        raise UserError(f"{where} has num_key_value_heads {groups}, which do not divide its {heads} heads.")
 
 
 def for_training(config: LlamaConfig) -> LlamaConfig:
@@ -92,7 +96,8 @@ def _config_from_file(path: Path) -> LlamaConfig:
     try:
         config = LlamaConfig.from_json_file(str(path))
     except Exception as error:  # whatever nonsense in a file leads to, deep in transformers
-        raise UserError(f"model.size: {path} is not a readable model configuration: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"model.size: {path} is not a readable model configuration: {reason}") from error
     if config.model_type != "llama":
         raise UserError(
             f"model.size: {path} describes a model of type {config.model_type}, expected llama; "

@@ -24,7 +24,7 @@ from pmc_llama.huggingface_tokenizer import exact_tokenizer
 from pmc_llama.initialize import RandomWeights
 from pmc_llama.metrics import Metrics, StepRecord, model_flops_per_token, model_flops_utilization, peak_memory
 from pmc_llama.model import check_buildable, for_training, llama_config
-from pmc_llama.run_lock import lock
+from pmc_llama.run_lock import only_writer
 from pmc_llama.schedule import learning_rate, total_steps
 
 # Longest wait for another rank: above the slowest thing that one rank does while the others wait.
@@ -46,10 +46,11 @@ def train(recipe: Recipe, resume: str | None, started: float) -> None:
     """
     ranks = discover()
     device = connect(ranks, COLLECTIVE_TIMEOUT)
-    trainer = Trainer(recipe, ranks, device, started, resume)
-    trainer.start()
-    trainer.run()
-    trainer.close()
+    trainer = Trainer(recipe, ranks, device, started)
+    with only_writer(recipe.output, ranks.rank):
+        trainer.start(resume)
+        trainer.run()
+        trainer.close()
     disconnect()
 
 
@@ -61,9 +62,7 @@ class Trainer:
         steps: optimizer steps of the whole run.
     """
 
-    def __init__(
-        self, recipe: Recipe, ranks: Ranks, device: torch.device, started: float, resume: str | None
-    ) -> None:
+    def __init__(self, recipe: Recipe, ranks: Ranks, device: torch.device, started: float) -> None:
         self.recipe, self.ranks, self.device, self.started = recipe, ranks, device, started
         used = ("pmc-llama", "torch", "transformers", *(["deepspeed"] * (recipe.backend == "deepspeed")))
         self.versions = {name: version(name) for name in used}
@@ -78,28 +77,27 @@ class Trainer:
         self.batches = TrainingBatches(
             self.training, self.order, batch.global_size, batch.micro_size, ranks.rank, ranks.world_size
         )
+        self.checkpoints = recipe.output / "checkpoints"
         self.step = 0
         self.steps = total_steps(recipe.schedule, self.order.samples_per_epoch, batch.global_size)
 
-        self.checkpoints = recipe.output / "checkpoints"
-        self.source = self._find_checkpoint(resume)
-        self.config = for_training(self._model_config())
-        check_model(recipe, self.config, self.corpus)
-        self.backend = build_backend(recipe, self.config, device)
-
     # --- the life of a run -----------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Load the first weights, or all of a checkpoint, and open the run's records."""
-        if self.source:
-            self._load_checkpoint(self.source)
+    def start(self, resume: str | None) -> None:
+        """Build the model, load its first weights or all of a checkpoint, and open the run's records."""
+        source = self._find_checkpoint(resume)
+        self.config = for_training(self._model_config(source))
+        check_model(self.recipe, self.config, self.corpus)
+        self.backend = build_backend(self.recipe, self.config, self.device)
+        if source:
+            self._load_checkpoint(source)
         else:
             self._load_first_weights()
         self.backend.state_loaded()
         text = yaml.safe_dump(plain(self.recipe), sort_keys=False)
         every = self.recipe.logging.every_steps
         self.metrics = Metrics(self.recipe.output, self.ranks.rank, self.step, text, every)
-        self._introduce()
+        self._introduce(source)
 
     def run(self) -> None:
         """Train to the last step; publish checkpoints on the way and at the end."""
@@ -158,7 +156,6 @@ class Trainer:
 
     def _find_checkpoint(self, resume: str | None) -> Path | None:
         if self.ranks.rank == 0:
-            self.lock = lock(self.recipe.output)
             checkpoint.tidy(self.checkpoints)
         dist.barrier(self.checkpoint_group)
         if resume == "latest":
@@ -173,14 +170,14 @@ class Trainer:
             )
         return source
 
-    def _model_config(self) -> LlamaConfig:
+    def _model_config(self, source: Path | None) -> LlamaConfig:
         """The checkpoint's, else the first weights', else the one that the recipe names."""
         recipe = self.recipe
-        where = self.source or recipe.model.initialize_from
+        where = source or recipe.model.initialize_from
         if where is None:
             return llama_config(recipe.model, self.corpus.vocab_size)
-        if self.source:
-            config = LlamaConfig.from_dict(checkpoint.read_manifest(self.source).model_config)
+        if source:
+            config = LlamaConfig.from_dict(checkpoint.read_manifest(source).model_config)
             check_buildable(config, where)
         else:
             config = huggingface.check_directory(where)
@@ -210,7 +207,7 @@ class Trainer:
             reader = RandomWeights(shapes, self.recipe.seed, self.config.initializer_range)
         checkpoint.read_weights(weights, reader, self.checkpoint_group)
 
-    def _introduce(self) -> None:
+    def _introduce(self, source: Path | None) -> None:
         recipe, say = self.recipe, self.metrics.say
         say(
             f"{recipe.backend}, {recipe.precision.compute}, on {self.ranks.world_size} x {self.device.type} "
@@ -221,7 +218,7 @@ class Trainer:
             f"{self.training.tokens:,} tokens; {self.steps:,} steps of "
             f"{recipe.batch.global_size} x {recipe.data.sequence_length} tokens"
         )
-        origin = self.source or recipe.model.initialize_from or f"random weights of seed {recipe.seed}"
+        origin = source or recipe.model.initialize_from or f"random weights of seed {recipe.seed}"
         say(f"starting after step {self.step} from {origin}")
 
     def _warn(self, text: str) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_tools.errors import UserError
@@ -89,6 +90,7 @@ WRONG_FILES = {
     "batch:": "batch is null, expected a section with global_size, micro_size",
     "- batch": 'holds ["batch"], expected sections such as model and data',
     "": "holds null, expected sections such as model and data",
+    'output: ""': 'output is "", expected a path',
     "batch: [": "is not valid YAML",
     "3: 4": "unknown key 3",
 }
@@ -127,7 +129,18 @@ WRONG_ARGUMENTS = {
     ("train", "RECIPE", "--batch", "{micro_size: 3}"): "unknown option --batch",
     ("train", "RECIPE", "--data.mode"): "--data.mode: expected one argument",
     ("train", "RECIPE", "more"): "unrecognized arguments: more",
-    ("train",): "RECIPE",
+    ("train",): "there is no RECIPE; name a recipe file",
+    ("train", "--seed", "3", "RECIPE"): "the first argument is --seed, expected the RECIPE file",
+    ("compare", "--ranks=3", "RECIPE"): "the first argument is --ranks=3, expected the RECIPE file",
+    ("train", "RECIPE", "--output="): "option --output is '', expected a path",
+    ("train", "RECIPE", "--data.corpus", ""): "option --data.corpus is '', expected a path",
+    ("train", "RECIPE", "--model.size="): "option --model.size is '', expected text that is not empty",
+    (
+        "train",
+        "RECIPE",
+        "--optimizer.learning_rate",
+        "1e400",
+    ): "optimizer.learning_rate is inf, expected a finite number above 0",
     ("train", "nowhere.yaml"): "recipe nowhere.yaml cannot be read: No such file",
     ("compare", "RECIPE", "--backends", "fsdp"): "two or more different ones of deepspeed, fsdp",
     ("compare", "RECIPE", "--backends", "fsdp,ddp"): "two or more different ones of deepspeed, fsdp",
@@ -165,7 +178,9 @@ def test_a_wrong_argument_is_told_in_one_sentence(capsys, tmp_path, monkeypatch,
         ("optimizer.beta2", 1.0),
         ("checkpoint.keep_last", 0),
         ("evaluation.max_sequences", 0),
+        ("optimizer.weight_decay", float("inf")),
         ("seed", -1),
+        ("seed", 2**63),
     ],
 )
 def test_a_number_out_of_its_range_is_refused_by_name(key, value):
@@ -218,6 +233,42 @@ def test_the_module_runs_as_a_program():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: unknown command frob")
+
+
+def test_only_the_first_failing_rank_speaks_of_a_checkpoint_that_torch_cannot_read(monkeypatch):
+    def fail(arguments):
+        raise CheckpointException("load", {})
+
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
+    monkeypatch.setattr(cli, "_first_to_fail", lambda: False)
+    assert cli.main(["train"]) == 1
+    monkeypatch.setattr(cli, "_first_to_fail", lambda: True)
+    with pytest.raises(CheckpointException):
+        cli.main(["train"])
+
+
+@pytest.mark.parametrize(("rank", "said"), [(None, "interrupted\n"), ("0", "interrupted\n"), ("1", "")])
+def test_an_interruption_is_told_once(capsys, monkeypatch, rank, said):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "train", interrupt)
+    if rank is None:
+        monkeypatch.delenv("RANK", raising=False)
+    else:
+        monkeypatch.setenv("RANK", rank)
+    assert run(capsys, "train") == (130, "", said)
+
+
+@pytest.mark.parametrize(("gpus", "given", "ranks"), [(0, [], 2), (4, [], 4), (4, ["--ranks", "3"], 3)])
+def test_a_comparison_takes_every_gpu_unless_told_otherwise(
+    capsys, tmp_path, monkeypatch, gpus, given, ranks
+):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr("pmc_llama.compare.compare", lambda *arguments: asked.append(arguments[2]))
+    assert run(capsys, "compare", recipe(tmp_path, "seed: 1"), *given)[0] == 0
+    assert asked == [ranks]
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------

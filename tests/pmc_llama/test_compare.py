@@ -5,11 +5,12 @@ import re
 import sys
 
 import pytest
+import yaml
 
 from data_tools.errors import UserError
 from pmc_llama import compare
 from pmc_llama.compare import Run, describe, draw, read_run, verdict
-from pmc_llama.config import Recipe
+from pmc_llama.config import Recipe, plain
 
 STEPS = 12
 
@@ -115,8 +116,17 @@ def test_a_run_that_fails_names_backend_reason_and_log(capsys, tmp_path):
 
 def test_the_output_of_another_recipe_is_not_mixed_with_this_one(tmp_path):
     recipe = Recipe(output=tmp_path / "out")
-    compare._keep_recipe(recipe)
-    compare._keep_recipe(recipe)
+    compare._keep_recipe(recipe, "2 ranks, torch 2.0")
+    kept = compare._keep_recipe(recipe, "2 ranks, torch 2.0")
+    assert yaml.safe_load(kept.read_text()) == plain(recipe)
+    with pytest.raises(UserError, match=r"under 2 ranks, torch 2\.0, expected 3 ranks.*another --output"):
+        compare._keep_recipe(recipe, "3 ranks, torch 2.0")
     recipe.optimizer.learning_rate = 1.0
     with pytest.raises(UserError, match="another recipe"):
-        compare._keep_recipe(recipe)
+        compare._keep_recipe(recipe, "2 ranks, torch 2.0")
+
+
+def test_a_report_says_that_speeds_count_padding_where_there_is_some():
+    runs = [run("deepspeed"), run("fsdp")]
+    assert compare.PADDING in describe(runs, [], [], padded=True)
+    assert compare.PADDING not in describe(runs, [], [])

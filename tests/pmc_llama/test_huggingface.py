@@ -75,6 +75,12 @@ def test_a_tied_model_reads_from_a_file_that_stores_both_ends(tmp_path):
     assert "lm_head.weight" not in parameter_shapes(check_directory(path))
 
 
+def test_rotary_frequencies_that_older_versions_stored_are_passed_over(tmp_path):
+    path = written(tmp_path)
+    add_tensor(path, "model.layers.0.self_attn.rotary_emb.inv_freq")
+    check_directory(path)
+
+
 def load_into_shards(path: Path) -> None:
     """Fill row shards as FSDP2 holds them and flat ranges as ZeRO-3 does; compare with the whole."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -129,6 +135,10 @@ def integers_in_shard(path: Path) -> None:
     save_file({k: v.to(torch.int8) for k, v in load_file(first_shard(path)).items()}, first_shard(path))
 
 
+def add_tensor(path: Path, name: str) -> None:
+    save_file({**load_file(first_shard(path)), name: torch.ones(40)}, first_shard(path))
+
+
 BROKEN = {
     "is not a directory": lambda path: shutil.rmtree(path),
     "has no config.json": lambda path: (path / "config.json").unlink(),
@@ -144,6 +154,13 @@ BROKEN = {
     r"has shape \[131, 40\], expected \[132, 40\]": lambda path: edit_config(path, vocab_size=132),
     "layers.2.* is missing": lambda path: edit_config(path, num_hidden_layers=3),
     "is of type I8": integers_in_shard,
+    "q_proj.bias is not of the model": lambda path: add_tensor(path, "model.layers.0.self_attn.q_proj.bias"),
+    "does not describe .*66": lambda path: edit_config(path, hidden_size=66),
+    "does not describe .*hidden_size": lambda path: edit_config(path, hidden_size="40"),
+    "does not describe .*zero": lambda path: edit_config(path, num_attention_heads=0),
+    "does not describe .*nope": lambda path: edit_config(path, hidden_act="nope"),
+    "does not describe .*spiral": lambda path: edit_config(path, rope_parameters={"rope_type": "spiral"}),
+    "num_hidden_layers -1; expected 1 or more": lambda path: edit_config(path, num_hidden_layers=-1),
 }
 
 
@@ -254,6 +271,43 @@ def test_an_export_never_writes_into_a_directory_in_use(trained, tmp_path):
     with pytest.raises(UserError, match="not an empty directory"):
         export(checkpoint, tmp_path / "model")
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["notes.txt"]
+
+
+def test_an_export_fills_the_empty_directory_that_the_user_is_in(trained, tmp_path, monkeypatch):
+    _, checkpoint = trained
+    directory = tmp_path / "model"
+    directory.mkdir()
+    before = directory.stat().st_ino
+    monkeypatch.chdir(directory)
+    export(checkpoint, Path())
+    assert directory.stat().st_ino == before
+    assert "# model\n" in (directory / "README.md").read_text()
+    assert not list(directory.glob(".*"))
+    LlamaForCausalLM.from_pretrained(directory)
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_checkpoint_is_read(trained, tmp_path):
+    _, checkpoint = trained
+    next(checkpoint.glob("*.distcp")).unlink()
+    (tmp_path / "README.md").touch()
+    with pytest.raises(UserError, match="Not a directory") as raised:
+        export(checkpoint, tmp_path / "README.md/x")
+    assert "make room" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"hidden_size": 80}, {"num_hidden_layers": 0}, {"num_attention_heads": "4"}]
+)
+def test_a_manifest_that_describes_another_model_leaves_no_half_export(trained, tmp_path, wrong):
+    _, checkpoint = trained
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["model_config"] |= wrong
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    before = set(tmp_path.iterdir())
+    with pytest.raises(UserError, match=str(checkpoint)) as raised:
+        export(checkpoint, tmp_path / "model")
+    assert "\n" not in str(raised.value)
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_a_damaged_checkpoint_leaves_no_half_export(trained, tmp_path):

@@ -150,6 +150,18 @@ def test_a_model_that_cannot_be_expressed_exactly_is_refused(tmp_path, options):
         exact_tokenizer(train(tmp_path, **options))
 
 
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "not one"])
+def test_a_model_that_cannot_be_read_is_named(tmp_path, damage):
+    model = train(tmp_path)
+    content = {"empty": b"", "truncated": model.read_bytes()[:1000], "not one": b"tokens"}
+    model.unlink()
+    if damage in content:
+        model.write_bytes(content[damage])
+    with pytest.raises(UserError, match="is not a readable SentencePiece model") as raised:
+        exact_tokenizer(model)
+    assert str(model) in str(raised.value)
+
+
 @pytest.mark.shared
 @pytest.mark.skipif(not SHARED_MODELS, reason="needs the real tokenizers")
 @pytest.mark.parametrize("model", SHARED_MODELS, ids=lambda path: path.stem)

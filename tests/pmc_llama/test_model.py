@@ -71,6 +71,11 @@ def test_a_config_file_is_a_size_too(tmp_path: Path) -> None:
         (None, "neither a known size"),
         ("{not json", "not a readable model configuration"),
         (json.dumps({"model_type": "gpt2"}), "gpt2"),
+        (json.dumps({"model_type": "llama", "hidden_size": "abc"}), "not a readable|can be built"),
+        (json.dumps({"model_type": "llama", "num_attention_heads": 0}), "not a readable|can be built"),
+        (json.dumps({"model_type": "llama", "hidden_act": "unheard-of"}), "can be built"),
+        (json.dumps({"model_type": "llama", "num_hidden_layers": -1}), "num_hidden_layers -1"),
+        (json.dumps({"model_type": "llama", "num_key_value_heads": 3}), "num_key_value_heads 3"),
     ],
 )
 def test_what_is_not_a_llama_is_refused_by_name(tmp_path: Path, content: str | None, expected: str) -> None:

@@ -32,6 +32,18 @@ def test_the_rate_rises_to_the_peak_and_then_falls_to_the_floor(schedule: Schedu
         assert math.isclose(learning_rate(steps + 1, steps, PEAK, schedule), floor, abs_tol=1e-18)
 
 
+def test_known_rates_of_a_short_run() -> None:
+    schedule = ScheduleConfig(warmup_ratio=0.2, final_learning_rate_ratio=0.1)
+    rates = [learning_rate(step, 10, 1.0, schedule) for step in (1, 2, 6, 10)]
+    expected = [
+        0.5,
+        1.0,
+        0.1 + 0.45 * (1 + math.cos(math.pi * 4 / 9)),
+        0.1 + 0.45 * (1 + math.cos(math.pi * 8 / 9)),
+    ]
+    assert rates == expected
+
+
 def test_the_paper_makes_187_500_steps() -> None:
     schedule = ScheduleConfig(epochs=5)
     assert total_steps(schedule, samples_per_epoch=4_800_000, global_size=128) == 187_500

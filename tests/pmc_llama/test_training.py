@@ -1,5 +1,6 @@
 """Whole runs by the command line, on real ranks: killed, resumed, switched, and refused in words."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -123,7 +125,8 @@ def uninterrupted(options: dict[str, str], tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize(
-    ("first", "then"), [("deepspeed", "deepspeed"), ("fsdp", "fsdp"), ("deepspeed", "fsdp")]
+    ("first", "then"),
+    [("deepspeed", "deepspeed"), ("fsdp", "fsdp"), ("deepspeed", "fsdp"), ("fsdp", "deepspeed")],
 )
 def test_a_run_killed_and_resumed_has_the_numbers_of_one_that_never_was(
     uninterrupted: Path, options: dict[str, str], recipe: Path, tmp_path: Path, first: str, then: str
@@ -177,6 +180,8 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(
     assert "step-00000024 is damaged: __1_0.distcp" in output
     assert "starting after step 16" in output
     assert _numbers(run) == _numbers(uninterrupted / "fsdp")
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["damaged-step-00000024", "step-00000016", "step-00000024"]
 
 
 @pytest.mark.parametrize("backend", ["deepspeed", "fsdp"])
@@ -272,6 +277,64 @@ def test_what_cannot_be_run_is_refused_in_one_sentence(
     assert [line for line in sentence if line.startswith("error: ")] == sentence[-1:]
     assert expected in sentence[-1]
     assert "Traceback" not in "\n".join(sentence)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_run_does_not_go_back_over_its_own_later_checkpoints(
+    uninterrupted: Path, options: dict[str, str], recipe: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = uninterrupted / "fsdp"
+    before = sorted((run / "checkpoints").iterdir())
+    older = {**options, "--resume": str(before[0])}
+    assert cli.main(["train", *_arguments(recipe, older, "--backend", "fsdp", "--output", str(run))]) == 2
+    assert "already holds checkpoints" in capfd.readouterr().err
+    assert sorted((run / "checkpoints").iterdir()) == before
+
+
+@pytest.mark.usefixtures("alone")
+def test_two_runs_do_not_share_a_directory(
+    options: dict[str, str], recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with (run / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert (
+            cli.main(["train", *_arguments(recipe, options, "--backend", "fsdp", "--output", str(run))]) == 2
+        )
+    assert "another run is writing" in capfd.readouterr().err
+    assert [path.name for path in run.iterdir()] == [".lock"]
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("change", [{}, {"rms_norm_eps": 0.5}, {"attention_bias": True}])
+def test_the_held_out_loss_is_that_of_transformers_on_the_same_weights(
+    options: dict[str, str], recipe: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    corpus = Corpus.open(options["--data.corpus"])
+    config = odd_config()
+    config.vocab_size = corpus.vocab_size
+    config.update(change)
+    torch.manual_seed(5)
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "source")
+    run = tmp_path / "run"
+    still = {**options, "--schedule.steps": "1", "--optimizer.learning_rate": "1e-30"}
+    more = ("--backend", "fsdp", "--precision.compute", "fp32", "--output", str(run))
+    start = ("--model.initialize_from", str(tmp_path / "source"))
+    assert cli.main(["train", *_arguments(recipe, still, *more, *start)]) == 0
+    stream = corpus.split("heldout").read([(0, 9 * 32)])[0].astype("int64")
+    previous = corpus.split("heldout").read(
+        [(corpus.split("heldout").tokens - 1, corpus.split("heldout").tokens)]
+    )
+    inputs = torch.from_numpy(np.concatenate([previous[0].astype("int64"), stream[:-1]])).view(9, 32)
+    with torch.no_grad():
+        logits = model.eval()(inputs).logits.flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(stream))
+    assert _numbers(run)[-1]["heldout_loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.usefixtures("alone")
