@@ -16,7 +16,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pmc_llama.data import IntArray, permute, sample_order
+from pmc_llama.data import sample_order
+from pmc_llama.randomness import IntArray, permute
 
 DOCUMENTS = 4_900_000
 MEAN_TOKENS = 15_300

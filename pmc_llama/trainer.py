@@ -20,9 +20,10 @@ from pmc_llama.compatibility import check_model, check_resumable, check_shape
 from pmc_llama.config import Recipe, plain
 from pmc_llama.data import TrainingBatches, heldout_batches, sample_order
 from pmc_llama.distributed import Ranks, connect, disconnect, discover
+from pmc_llama.flops import model_flops_per_token, model_flops_utilization
 from pmc_llama.huggingface_tokenizer import exact_tokenizer
 from pmc_llama.initialize import RandomWeights
-from pmc_llama.metrics import Metrics, StepRecord, model_flops_per_token, model_flops_utilization, peak_memory
+from pmc_llama.metrics import Metrics, StepRecord, peak_memory
 from pmc_llama.model import check_buildable, for_training, llama_config
 from pmc_llama.run_lock import only_writer
 from pmc_llama.schedule import learning_rate, total_steps
