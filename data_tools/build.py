@@ -1,19 +1,28 @@
 """A whole build: inputs to parts on any number of processes, parts to corpus."""
 
 import fcntl
+import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from data_tools.errors import UserError
-from data_tools.files import locked
+from data_tools.files import aside, locked, write_published
 from data_tools.finalize import finalize, require_papers
 from data_tools.inputs import InputFile, find_inputs, shards
-from data_tools.manifest import Manifest, Options, read_manifest
+from data_tools.manifest import Manifest, Options, read_manifest, to_json
 from data_tools.parts import PartTask, add_counts, make_part
 from data_tools.progress import Progress
 from data_tools.tokenizer import Tokenizer
 from data_tools.workers import run
+
+_MARKER = "parts.json"
+"""Says that `parts` beside it was made by a build. Written before `parts`, it stays with the corpus."""
+_MARKER_CONTENT = to_json({"format": "pmc-llama parts", "version": 1})
+_PART_FILE = r"(part-\d{5,})\.(?:bin|idx|documents\.parquet|json)"
+_FINISHED_FILE = re.compile(_PART_FILE)
+_UNFINISHED_FILE = re.compile(rf"\.{_PART_FILE}\.partial")
 
 
 def build(
@@ -35,19 +44,32 @@ def build(
             another corpus. Finished parts stay, and the same command goes on from them.
     """
     tokenizer = Tokenizer(tokenizer_path)
-    groups = shards(find_inputs(inputs))
-    fixed = _is_finished(directory, tokenizer, groups, options)
-    with _locked(directory) as parts:
-        tasks = [
-            PartTask(f"part-{number:05}", files, parts, tokenizer_path.resolve(), options, fixed)
-            for number, files in enumerate(groups)
-        ]
-        with Progress(sum(file.bytes for files in groups for file in files)) as progress:
-            made = run(make_part, tasks, workers, progress.report)
-        counts = add_counts([part.counts for part in made])
-        _remove_others(parts, {part.info.name for part in made} if counts.kept else set())
-        require_papers(counts)
-        return finalize(directory, made, tokenizer, options)
+    files = find_inputs(inputs)
+    _require_outside(files, directory)
+    groups = shards(files)
+    with _locked(directory):
+        fixed = _is_finished(directory, tokenizer, groups, options)
+        with _parts(directory) as parts:
+            tasks = [
+                PartTask(f"part-{number:05}", group, parts, tokenizer_path.resolve(), options, fixed)
+                for number, group in enumerate(groups)
+            ]
+            with Progress(sum(file.bytes for file in files), "papers") as progress:
+                made = run(make_part, tasks, workers, progress.report)
+            counts = add_counts([part.counts for part in made])
+            _remove_others(parts, {part.info.name for part in made} if counts.kept else set())
+            require_papers(counts)
+            return finalize(directory, made, tokenizer, options)
+
+
+def _require_outside(files: Sequence[InputFile], directory: Path) -> None:
+    """Refuse to write a corpus among its own inputs."""
+    inside = os.path.join(os.path.realpath(directory), "")
+    for file in files:
+        if file.path.startswith(inside):
+            raise UserError(
+                f"The input {file.path} lies in the output {directory}; build into another directory."
+            )
 
 
 def _is_finished(
@@ -83,48 +105,64 @@ def _is_finished(
 
 def _require_free(directory: Path) -> None:
     """Refuse a directory with files in it that no build left there."""
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"The output {directory} is a file; give a directory.")
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / "parts").is_dir():
+    marker = directory / _MARKER
+    if marker.is_file() and marker.read_bytes() == _MARKER_CONTENT:
+        return
+    # A build that was killed in its first moment leaves only the marker it was writing.
+    if any(path != aside(marker) for path in directory.iterdir()):
         raise UserError(f"The output {directory} is not empty and holds no corpus; give a new directory.")
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[Path]:
-    """The `parts` directory, held by this build alone; at the end it has whole parts, or is gone again."""
-    parts = directory / "parts"
-    created = [path for path in (directory, parts) if not path.exists()]
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the output, made where it is missing, for this build alone; gone again when nothing is in it."""
     try:
-        parts.mkdir(parents=True, exist_ok=True)
+        if directory.exists() and not directory.is_dir():
+            raise UserError(f"The output {directory} is a file; give a directory.")
+        created = not directory.exists()
+        directory.mkdir(parents=True, exist_ok=True)
         with locked(directory, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            with locked(parts, fcntl.LOCK_EX):
-                pass  # the workers of a build that was killed have ended
             try:
-                yield parts
+                yield
             finally:
-                _remove_unfinished(parts)
+                if created and not any(directory.iterdir()):
+                    directory.rmdir()
     except BlockingIOError as error:
         raise UserError(f"Another build is at work in {directory}; wait for it or end it.") from error
     except OSError as error:
         raise UserError(f"The output {directory} cannot be written: {error}.") from error
+
+
+@contextmanager
+def _parts(directory: Path) -> Iterator[Path]:
+    """The `parts` directory under its marker; at the end it has whole parts, or both are gone again."""
+    marker, parts = directory / _MARKER, directory / "parts"
+    write_published(marker, _MARKER_CONTENT)
+    try:
+        parts.mkdir(exist_ok=True)
+        with locked(parts, fcntl.LOCK_EX):
+            pass  # the workers of a build that was killed have ended
+        yield parts
     finally:
-        for path in reversed(created):
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
+        _remove_unfinished(parts)
+        if not any(parts.iterdir()):
+            parts.rmdir()
+            marker.unlink()
 
 
 def _remove_unfinished(parts: Path) -> None:
     """Remove what was being written when the build, or one before it, was stopped."""
-    for path in parts.iterdir():
-        name = path.name.split(".")[0]
-        if path.name.startswith(".part-") or (
-            name.startswith("part-") and not (parts / f"{name}.json").exists()
+    for path in list(parts.iterdir()):
+        finished = _FINISHED_FILE.fullmatch(path.name)
+        if _UNFINISHED_FILE.fullmatch(path.name) or (
+            finished and not (parts / f"{finished[1]}.json").exists()
         ):
             path.unlink(missing_ok=True)
 
 
 def _remove_others(parts: Path, names: set[str]) -> None:
     """Remove the parts that belong to other inputs: an earlier build was stopped and the inputs changed."""
-    for path in parts.glob("part-*"):
-        if path.name.split(".")[0] not in names:
+    for path in list(parts.iterdir()):
+        finished = _FINISHED_FILE.fullmatch(path.name)
+        if finished and finished[1] not in names:
             path.unlink()

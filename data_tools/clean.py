@@ -5,17 +5,20 @@ from collections.abc import Iterable, Iterator
 
 from data_tools.papers import Block, Paper
 
-TEXT_RULES = 1
+TEXT_RULES = 2
 """Version of everything that decides a paper's text (here and in the readers). Raise it with any change:
 parts made under other rules are not continued."""
 
 _DEEPEST = 6
-# Sections that hold names or references, dropped when this is their whole heading.
+# Sections of names, references and declarations, dropped when this is their whole heading.
 _REFERENCES = {"references", "reference list", "bibliography", "literature cited", "works cited"}
 _THANKS = {"acknowledgements", "acknowledgments", "acknowledgement", "acknowledgment"}
 _AUTHORS = {"author contributions", "authors contributions", "authors' contributions", "author contribution"}
 _AUTHOR_BLOCK = {"author information", "author affiliations", "authors' affiliations"}
-_DROPPED = _REFERENCES | _THANKS | _AUTHORS | _AUTHOR_BLOCK
+_INTERESTS = {"conflict of interest", "conflicts of interest", "competing interest", "competing interests"}
+_STATEMENTS = {"funding", "data availability"}
+_SUPPLEMENT = {f"supplementary {what}" for what in ("data", "material", "materials", "information")}
+_DROPPED = _REFERENCES | _THANKS | _AUTHORS | _AUTHOR_BLOCK | _INTERESTS | _STATEMENTS | _SUPPLEMENT
 _NUMBERING = re.compile(r"^(?:(?:\d+|[ivx]+)(?:\.\d+)*[.)]?\s+)?", re.IGNORECASE)
 # C0 and C1 controls but for those that are white space, and lone surrogates, which are not Unicode text.
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
@@ -29,7 +32,7 @@ def training_text(paper: Paper) -> str:
     One block a line, blocks apart by an empty line: `# title`, `## Abstract` and its paragraphs, then
     the body with a `##` to `######` line for each heading. Runs of white space in a block become one space,
     control characters go, lone surrogates become U+FFFD; every other character is left as it is.
-    Sections of names and references are dropped, and so are headings that nothing follows.
+    Sections of names, references and declarations are dropped, and so are headings that nothing follows.
     """
     body = _without_closing_headings(_kept(_normalized(paper.sections)))
     abstract = list(_normalized(Block(text) for text in paper.abstract))

@@ -1,5 +1,6 @@
 """A corpus opened for reading: the stream of tokens of each split, wherever its documents lie."""
 
+import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -10,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.errors import UserError
-from data_tools.manifest import FileInfo, Manifest, PartInfo, read_manifest
-from data_tools.token_files import bin_path, read_header, read_tokens
+from data_tools.manifest import PART_FILES, FileInfo, Manifest, PartInfo, read_manifest
+from data_tools.token_files import announce_tokens, bin_path, read_header, read_tokens
 from data_tools.tokenizer import Tokens
 
-PART_FILES = ("bin", "idx", "documents.parquet")
 _OPEN_FILES = 256
 
 
@@ -45,14 +45,16 @@ class Corpus:
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> Self:
-        """Open a corpus, reading headers and sizes only.
+        """Open a corpus, reading headers, sizes and the tokenizer (less than a megabyte) only.
 
         Raises:
-            UserError: the directory holds no corpus, or a file is missing or not of the recorded size.
+            UserError: the directory holds no corpus, a file is missing or not of the recorded size, or the
+                tokenizer is not the one that made the ids.
         """
         path = Path(directory)
         corpus = cls(path, read_manifest(path))
         corpus._check_sizes()
+        corpus._check_tokenizer()
         return corpus
 
     def split(self, name: str) -> "Split":
@@ -73,6 +75,8 @@ class Corpus:
     def read(self, ranges: Sequence[tuple[int, int]]) -> list[Tokens]:
         """Read ranges of the concatenation of all parts, each inside one part.
 
+        All of them are announced to the kernel before the first is read, in whichever part they lie.
+
         Args:
             ranges: (start, stop) token positions.
 
@@ -84,16 +88,18 @@ class Corpus:
         """
         starts = np.array([start for start, _ in ranges], dtype=np.int64)
         numbers = np.searchsorted(self.part_starts, starts, side="right") - 1
-        pieces: list[Tokens | None] = [None] * len(ranges)
-        for number in np.unique(numbers).tolist():
-            wanted = np.flatnonzero(numbers == number).tolist()
-            base = int(self.part_starts[number])
-            local = [(ranges[i][0] - base, ranges[i][1] - base) for i in wanted]
-            path = bin_path(self.part_prefix(number))
-            tokens = read_tokens(self._descriptor(number, path), path, self.dtype, local)
-            for i, piece in zip(wanted, tokens, strict=True):
-                pieces[i] = piece
-        return [piece for piece in pieces if piece is not None]
+        bases = self.part_starts[numbers]
+        order = np.argsort(numbers, kind="stable").tolist()  # each part is opened once
+        places = [
+            (int(numbers[i]), ranges[i][0] - int(bases[i]), ranges[i][1] - int(bases[i])) for i in order
+        ]
+        for number, start, stop in places:
+            announce_tokens(self._descriptor(number), self.dtype, start, stop)
+        pieces = {
+            i: read_tokens(self._descriptor(place[0]), self._bin(place[0]), self.dtype, *place[1:])
+            for i, place in zip(order, places, strict=True)
+        }
+        return [pieces[i] for i in range(len(ranges))]
 
     def close(self) -> None:
         """Close the open parts; reading opens them again."""
@@ -104,10 +110,14 @@ class Corpus:
         # Open descriptors mean nothing in another process.
         return Corpus, (self.directory, self.manifest)
 
-    def _descriptor(self, number: int, path: Path) -> int:
+    def _bin(self, number: int) -> Path:
+        return bin_path(self.part_prefix(number))
+
+    def _descriptor(self, number: int) -> int:
         if number not in self._descriptors:
             if len(self._descriptors) == _OPEN_FILES:
                 os.close(self._descriptors.popitem(last=False)[1])
+            path = self._bin(number)
             try:
                 self._descriptors[number] = os.open(path, os.O_RDONLY)
             except OSError as error:
@@ -122,6 +132,14 @@ class Corpus:
             self._check_header(part)
         for name, split in self.manifest.splits.items():
             check_size(self.directory / f"{name}.npy", split.file)
+
+    def _check_tokenizer(self) -> None:
+        try:
+            found = hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise UserError(f"{self.tokenizer_path} cannot be read: {error.strerror}.") from error
+        if found != self.manifest.tokenizer.sha256:
+            raise UserError(f"{self.tokenizer_path} is damaged: it is not the model that made the ids.")
 
     def _check_header(self, part: PartInfo) -> None:
         header = read_header(self.directory / "parts" / part.name)
@@ -226,8 +244,10 @@ def check_size(path: Path, expected: FileInfo) -> None:
 def _load(path: Path, documents: int, tokens: int) -> NDArray[np.int64]:
     try:
         table: NDArray[np.int64] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a garbled header raises almost anything, it is parsed as Python
         raise UserError(f"{path} cannot be read ({error}); build the corpus again.") from error
-    if table.dtype != np.int64 or table.shape != (documents + 1, 2) or table[-1, 0] != tokens:
+    if table.dtype != np.int64 or table.shape != (documents + 1, 2):
         raise UserError(f"{path} does not fit corpus.json: expected int64 [{documents + 1}, 2]; build again.")
+    if table[-1, 0] != tokens:
+        raise UserError(f"{path} does not fit corpus.json: found {table[-1, 0]} tokens, expected {tokens}.")
     return table

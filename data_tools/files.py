@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,12 +42,20 @@ def write_published(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
-def checksum(path: Path) -> str:
-    """XXH3-128 of a file's bytes, as 32 hex digits: against damage, not against forgery."""
-    digest = xxhash.xxh3_128()
+def checksum(path: Path, report: Callable[[int], None] | None = None) -> str:
+    """XXH3-128 of a file's bytes, as 32 hex digits: against damage, not against forgery.
+
+    Args:
+        path: of the file.
+        report: called with the bytes read so far, after each block.
+    """
+    digest, size = xxhash.xxh3_128(), 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
+            size += len(block)
+            if report is not None:
+                report(size)
     return digest.hexdigest()
 
 

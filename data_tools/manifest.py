@@ -2,15 +2,20 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from data_tools.errors import UserError
 from data_tools.files import write_published
 
 FORMAT = "pmc-llama corpus"
 VERSION = 1
+DTYPES = ("uint16", "int32")
+PART_FILES = ("bin", "idx", "documents.parquet")
+"""Suffixes of the files of a part."""
+_PART_NAME = re.compile(r"part-\d{5,}")
 
 
 @dataclass(frozen=True)
@@ -126,20 +131,37 @@ def read_manifest(directory: Path) -> Manifest:
             f"{directory} is not a corpus: corpus.json cannot be read ({error.strerror}); "
             "`pmc-data build` makes one."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: it is not JSON ({error}); build the corpus again.") from error
     if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
         raise UserError(f"{path} is not the description of a corpus of version {VERSION}.")
     try:
-        return _manifest(content)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); build the corpus again.") from error
+        del content["format"], content["version"]
+        manifest: Manifest = _from_json(Manifest, content, "corpus.json")
+        _check(manifest)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}; build the corpus again.") from error
+    return manifest
 
 
-def part_from_json(content: dict[str, Any]) -> PartInfo:
-    """A `PartInfo` from its JSON form."""
-    files = {suffix: FileInfo(**file) for suffix, file in content["files"].items()}
-    return PartInfo(**{**content, "inputs": Inputs(**content["inputs"]), "files": files})
+def part_from_json(content: object) -> PartInfo:
+    """A `PartInfo` from its JSON form.
+
+    Raises:
+        ValueError: something is missing, unknown or of another type.
+    """
+    part: PartInfo = _from_json(PartInfo, content, "part")
+    return part
+
+
+def counts_from_json(content: object) -> Counts:
+    """A `Counts` from its JSON form.
+
+    Raises:
+        ValueError: something is missing, unknown or of another type.
+    """
+    counts: Counts = _from_json(Counts, content, "counts")
+    return counts
 
 
 def to_json(content: object) -> bytes:
@@ -147,15 +169,55 @@ def to_json(content: object) -> bytes:
     return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def _manifest(content: dict[str, Any]) -> Manifest:
-    return Manifest(
-        tokenizer=TokenizerInfo(**content["tokenizer"]),
-        dtype=content["dtype"],
-        options=Options(**content["options"]),
-        counts=Counts(**content["counts"]),
-        splits={
-            name: SplitInfo(**{**split, "file": FileInfo(**split["file"])})
-            for name, split in content["splits"].items()
-        },
-        parts=[part_from_json(part) for part in content["parts"]],
-    )
+def _from_json(kind: Any, value: Any, name: str) -> Any:
+    """A value of JSON as `kind`: a dataclass, list, dict by name, or plain type.
+
+    Raises:
+        ValueError: it is not one, named by its path.
+    """
+    if isinstance(kind, type) and is_dataclass(kind):
+        hints = get_type_hints(kind)
+        if not isinstance(value, dict) or value.keys() != hints.keys():
+            raise ValueError(f"{name} has to be an object with the keys {', '.join(hints)}")
+        return kind(**{key: _from_json(hint, value[key], f"{name}.{key}") for key, hint in hints.items()})
+    container = get_origin(kind)
+    if container is dict and isinstance(value, dict):
+        return {key: _from_json(get_args(kind)[1], item, f"{name}.{key}") for key, item in value.items()}
+    if container is list and isinstance(value, list):
+        return [_from_json(get_args(kind)[0], item, f"{name}[{i}]") for i, item in enumerate(value)]
+    # JSON writes a whole float like an int; a bool is an int to Python only.
+    plain = (float, int) if kind is float else (kind,)
+    if container is not None or type(value) not in plain:
+        raise ValueError(f"{name} is not of type {getattr(container or kind, '__name__', kind)}")
+    return value
+
+
+def _check(manifest: Manifest) -> None:
+    """Require what every reader of a corpus takes for granted.
+
+    Raises:
+        ValueError: naming what does not hold.
+    """
+    numbers = [part.documents for part in manifest.parts] + [part.tokens for part in manifest.parts]
+    splits = manifest.splits.values()
+    for holds, otherwise in (
+        (manifest.dtype in DTYPES, f"the dtype {manifest.dtype!r} is none of {', '.join(DTYPES)}"),
+        (manifest.tokenizer.vocab_size > 0, "the vocabulary is empty"),
+        (0 <= manifest.tokenizer.eos < manifest.tokenizer.vocab_size, "the EOD is not in the vocabulary"),
+        (manifest.splits.keys() == {"train", "heldout"}, "the splits are not train and heldout"),
+        (bool(manifest.parts), "it names no parts"),
+        (all(_PART_NAME.fullmatch(part.name) for part in manifest.parts), "a part is not named part-N"),
+        (all(part.files.keys() == set(PART_FILES) for part in manifest.parts), "a part lacks a file"),
+        (min(numbers, default=0) >= 0, "a part has a negative number of documents or tokens"),
+        (all(split.documents >= 0 <= split.tokens for split in splits), "a split has a negative size"),
+        (
+            sum(split.documents for split in splits) == manifest.counts.kept,
+            "the documents of the splits are not those kept",
+        ),
+        (
+            sum(split.tokens for split in splits) <= sum(part.tokens for part in manifest.parts),
+            "the splits have more tokens than the parts",
+        ),
+    ):
+        if not holds:
+            raise ValueError(otherwise)

@@ -2,26 +2,34 @@
 
 import fcntl
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_tools.clean import training_text
+from data_tools.clean import normalize_text, training_text
 from data_tools.documents import DocumentTable, row
 from data_tools.errors import UserError
 from data_tools.files import checksum, locked, write_published
 from data_tools.inputs import InputFile, describe, known_reader
-from data_tools.manifest import Counts, FileInfo, Inputs, Options, PartInfo, part_from_json, to_json
+from data_tools.manifest import (
+    Counts,
+    FileInfo,
+    Inputs,
+    Options,
+    PartInfo,
+    counts_from_json,
+    part_from_json,
+    to_json,
+)
 from data_tools.papers import Paper, Rejected
 from data_tools.token_files import TokenFileWriter
 from data_tools.tokenizer import Tokenizer
-
-Report = Callable[[int, int], None]
-"""Called with the records read and the input bytes consumed so far."""
+from data_tools.workers import Report
 
 EXAMPLES = 5
 """How many left-out records of each reason a part and a corpus name."""
+_LONGEST_DETAIL = 200  # characters
 
 
 @dataclass(frozen=True)
@@ -85,9 +93,9 @@ def _find(task: PartTask, made_with: dict[str, Any], inputs: Inputs) -> Part | N
     """
     try:
         content = json.loads(_record_path(task).read_bytes())
-        found = Part(part_from_json(content["part"]), Counts(**content["counts"]))
+        found = Part(part_from_json(content["part"]), counts_from_json(content["counts"]))
         found_with = content["made_with"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if found_with != made_with:
         raise UserError(
@@ -155,7 +163,7 @@ def _records(files: tuple[InputFile, ...], report: Report) -> Iterator[Paper | R
     read, consumed = 0, 0
     for file in files:
         try:
-            with file.path.open("rb") as stream:
+            with open(file.path, "rb") as stream:
                 for record in known_reader(file.name).read(stream, file.name):
                     yield record
                     read += 1
@@ -179,7 +187,8 @@ def _leave_out(counts: Counts, rejected: Rejected) -> None:
     counts.left_out[rejected.reason] = counts.left_out.get(rejected.reason, 0) + 1
     examples = counts.examples.setdefault(rejected.reason, [])
     if len(examples) < EXAMPLES:
-        examples.append(str(rejected.source) + (f" {rejected.detail}" if rejected.detail else ""))
+        detail = normalize_text(rejected.detail)[:_LONGEST_DETAIL]
+        examples.append(f"{rejected.source} {detail}".rstrip())
 
 
 def _made_with(options: Options, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How a build gets on: a live line on a terminal, a plain line now and then in a log."""
+"""How a build or a verification gets on: a live line on a terminal, a plain line now and then in a log."""
 
 import sys
 from time import monotonic
@@ -14,16 +14,18 @@ _MEGABYTE = 1e6
 
 
 class Progress:
-    """Shows papers, input bytes, rates and the time left, on standard error. A context manager.
+    """Shows records and bytes done, their rates and the time left, on standard error. A context manager.
 
     Args:
-        total_bytes: of all input files.
+        total_bytes: of all files to read.
+        records: what they are, in the plural.
         console: where to write; standard error when not given.
     """
 
-    def __init__(self, total_bytes: int, console: Console | None = None) -> None:
+    def __init__(self, total_bytes: int, records: str, console: Console | None = None) -> None:
         self._console = console or Console(file=sys.stderr)
         self._total = total_bytes
+        self._records = records
         self._done: dict[int, tuple[int, int]] = {}
         self._begin = self._last_line = monotonic()
         self._live = Live(console=self._console, transient=True, get_renderable=self._renderable)
@@ -56,9 +58,9 @@ class Progress:
         seconds = max(monotonic() - self._begin, 1e-3)
         left = (self._total - size) * seconds / size if size else None
         return (
-            f"{size / max(self._total, 1):4.0%}  {records:,} papers  "
+            f"{size / max(self._total, 1):4.0%}  {records:,} {self._records}  "
             f"{size / _MEGABYTE:,.1f} of {self._total / _MEGABYTE:,.1f} MB  "
-            f"{records / seconds:,.0f} papers/s  {size / _MEGABYTE / seconds:,.1f} MB/s  "
+            f"{records / seconds:,.0f} {self._records}/s  {size / _MEGABYTE / seconds:,.1f} MB/s  "
             f"{_duration(seconds)} gone  {_duration(left)} left"
         )
 

@@ -25,7 +25,10 @@ def result(manifest: Manifest, directory: Path, console: Console) -> None:
     console.print(_counts_table(manifest.counts))
     console.print(_splits_table(manifest))
     console.print(
-        f"The corpus is in {directory}; look at it with: pmc-data inspect {directory}", soft_wrap=True
+        f"The corpus is in {directory}; look at it with: pmc-data inspect {directory}",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
     )
 
 

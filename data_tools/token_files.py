@@ -18,7 +18,6 @@ The `.bin` holds the ids back to back, little-endian, and nothing else.
 import os
 import struct
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -125,7 +124,6 @@ class Header:
     dtype: np.dtype[Any]
     sequences: int
     documents: int
-    idx_bytes: int
     bin_bytes: int
 
     @property
@@ -171,7 +169,7 @@ def read_header(prefix: Path) -> Header:
             f"{data} is damaged: found {bin_bytes} bytes, expected a multiple of {_CODES[code].itemsize}; "
             "build it again."
         )
-    return Header(_CODES[code], sequences, boundaries - 1, idx_bytes, bin_bytes)
+    return Header(_CODES[code], sequences, boundaries - 1, bin_bytes)
 
 
 class TokenFile:
@@ -215,7 +213,7 @@ class TokenFile:
 
     def read(self, start: int, stop: int) -> Tokens:
         """Tokens `start` to `stop` of the file, `[stop - start]`, of the file's dtype."""
-        return read_tokens(self._descriptor, self._bin, self.header.dtype, [(start, stop)])[0]
+        return read_tokens(self._descriptor, self._bin, self.header.dtype, start, stop)
 
     def document(self, number: int) -> Tokens:
         """The tokens of a document, `[tokens]`, of the file's dtype."""
@@ -269,35 +267,33 @@ class TokenFile:
         return np.memmap(self._idx, dtype=dtype, mode="r", offset=offset, shape=(count,))
 
 
-def read_tokens(
-    descriptor: int, path: Path, dtype: np.dtype[Any], ranges: Sequence[tuple[int, int]]
-) -> list[Tokens]:
-    """Read ranges of token positions from an open `.bin`, announcing all of them before the first read.
+def announce_tokens(descriptor: int, dtype: np.dtype[Any], start: int, stop: int) -> None:
+    """Let the kernel begin to read token positions `start` to `stop` of an open `.bin`, without waiting."""
+    if stop > start:  # a length of 0 would announce the rest of the file
+        size = dtype.itemsize
+        os.posix_fadvise(descriptor, start * size, (stop - start) * size, os.POSIX_FADV_WILLNEED)
 
-    Positional reads share nothing, so any number of processes may use one descriptor; with the read-ahead
-    of a whole batch they are far faster on cold storage than a memory map, which faults in a megabyte for
+
+def read_tokens(descriptor: int, path: Path, dtype: np.dtype[Any], start: int, stop: int) -> Tokens:
+    """Read token positions `start` to `stop` of an open `.bin`.
+
+    Positional reads share nothing, so any number of processes may use one descriptor; with a whole batch
+    announced before they are far faster on cold storage than a memory map, which faults in a megabyte for
     each sample.
 
     Args:
         descriptor: of the open file.
         path: named in errors.
         dtype: of the tokens.
-        ranges: (start, stop) token positions.
+        start: first position.
+        stop: position after the last.
 
     Returns:
-        An array `[stop - start]` of `dtype` for each range.
+        `[stop - start]` of `dtype`.
 
     Raises:
-        UserError: the file ends before a range does, or cannot be read.
+        UserError: the file ends before the range does, or cannot be read.
     """
-    size = dtype.itemsize
-    for start, stop in ranges:
-        if stop > start:  # a length of 0 would announce the rest of the file
-            os.posix_fadvise(descriptor, start * size, (stop - start) * size, os.POSIX_FADV_WILLNEED)
-    return [_read_range(descriptor, path, dtype, start, stop) for start, stop in ranges]
-
-
-def _read_range(descriptor: int, path: Path, dtype: np.dtype[Any], start: int, stop: int) -> Tokens:
     tokens = np.empty(stop - start, dtype)
     view, done = tokens.view(np.uint8).data, 0
     while done < len(view):

@@ -33,7 +33,6 @@ class Tokenizer:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self.model = _read(path)
         self.sha256 = hashlib.sha256(self.model).hexdigest()
         self._processor = _processor(path, self.model)
@@ -59,7 +58,16 @@ class Tokenizer:
         return np.array(ids, dtype=self.dtype)
 
     def decode(self, tokens: Tokens) -> str:
-        """The text of token ids; control pieces are dropped."""
+        """The text of token ids; control pieces are dropped.
+
+        Raises:
+            UserError: an id is beyond the vocabulary.
+        """
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
+            raise UserError(
+                f"Token ids from {tokens.min()} to {tokens.max()} were found, the tokenizer has 0 to "
+                f"{self.vocab_size - 1}: the corpus is damaged, build it again."
+            )
         text: str = self._processor.decode(tokens.tolist())
         return text
 

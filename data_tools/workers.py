@@ -5,8 +5,10 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from time import monotonic
 from typing import Any, TypeVar
@@ -41,8 +43,10 @@ def run(
     """
     if workers == 1 or len(tasks) == 1:
         return [function(task, partial(on_report, number)) for number, task in enumerate(tasks)]
-    pool = [_Worker(function) for _ in range(min(workers, len(tasks)))]
+    pool: list[_Worker] = []
     try:
+        with _interruptions_held_back():
+            pool += [_Worker(function) for _ in range(min(workers, len(tasks)))]
         return _run_on(pool, tasks, on_report)
     finally:
         for worker in pool:
@@ -71,6 +75,27 @@ def _run_on(
             else:
                 worker.start(*following)
     return [results[number] for number in range(len(tasks))]
+
+
+@contextmanager
+def _interruptions_held_back() -> Iterator[None]:
+    """Start workers that never see Ctrl-C, which the parent gets afterwards; it decides what that means.
+
+    The workers inherit the blocked signal: a handler of their own would come only after their imports. In
+    the parent any thread may receive the signal, and its handler cuts short whatever the main thread does,
+    such as sending a worker its first data; so the handler has to wait too.
+    """
+    interrupted: list[int] = []
+    resource_tracker.ensure_running()  # started later, it would unblock the signal
+    handler = signal.signal(signal.SIGINT, lambda number, _: interrupted.append(number))
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.signal(signal.SIGINT, handler)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 class _Worker:
@@ -112,7 +137,6 @@ class _Worker:
 
 
 def _serve(function: Callable[[Any, Report], Any], connection: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         task = connection.recv()

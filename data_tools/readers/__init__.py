@@ -15,17 +15,17 @@ class Reader:
     Attributes:
         suffixes: of the file names, lower case.
         read: gives the papers and rejected records of an open file with a given name, in order.
-        files_per_part: how many such files make one part of a corpus.
+        most_files_per_part: how many such files make one part of a corpus, at most.
     """
 
     suffixes: tuple[str, ...]
     read: Callable[[BinaryIO, str], Iterator[Paper | Rejected]]
-    files_per_part: int
+    most_files_per_part: int
 
 
 READERS = (
-    Reader((".jsonl", ".jsonl.gz"), s2orc.read, files_per_part=1),
-    Reader((".xml", ".nxml"), jats.read, files_per_part=512),
+    Reader((".jsonl", ".jsonl.gz"), s2orc.read, most_files_per_part=1),
+    Reader((".xml", ".nxml"), jats.read, most_files_per_part=16_384),
 )
 
 

@@ -28,6 +28,7 @@ _FLOATS = {
     "table-wrap",
     "table-wrap-group",
     "table",
+    "array",
     "caption",
     "graphic",
     "inline-graphic",
@@ -41,8 +42,35 @@ _LISTS = {"list", "list-item", "def-list", "def-item", "disp-quote", "verse-grou
 _PARAGRAPHS = _SECTIONS | _LISTS | {"p", "title", "abstract", "statement", "speech", "preformat", "code"}
 # The article-types of a retracted article and of the notice that says so.
 _RETRACTED_TYPES = frozenset({"retraction", "retracted-article"})
+_MATHEMATICS = frozenset({"msup", "msubsup", "mfrac", "msqrt", "mroot"})
 _YES = frozenset({"yes", "true", "1"})
-_POWER = re.compile(r"[+\u2212-]?\d")
+# A signed number, or a negative symbol as in 2^-ddCt; the signs are hyphen, en dash and minus in any guise.
+_POWER = re.compile(r"\s*(?:\+?\d|[\u2010-\u2013\u2212-]\w)")
+_ONE_SYMBOL = re.compile(r"[+\u2010-\u2013\u2212-]?(?:[\w.,]+|\([^()]*\)|.)")
+_CREATIVE_COMMONS = re.compile(r"https?://(?:www\.)?creativecommons\.org/[^\s<>\"')\]]*[^\s<>\"')\].,;]")
+# Values of abstract-type for what is no abstract; the attribute also marks abstracts by section or language.
+_DIGESTS = frozenset(
+    {
+        "graphical",
+        "teaser",
+        "editor",
+        "editors-summary",
+        "summary",
+        "short",
+        "precis",
+        "toc",
+        "toc-abstract",
+        "plain-language-summary",
+        "plain-summary",
+        "lay-summary",
+        "executive-summary",
+        "key-points",
+        "keypoints",
+        "highlights",
+        "web-summary",
+        "video",
+    }
+)
 
 
 def read(stream: BinaryIO, name: str) -> Iterator[Paper | Rejected]:
@@ -63,7 +91,8 @@ def read(stream: BinaryIO, name: str) -> Iterator[Paper | Rejected]:
         remove_pis=True,
     )
     try:
-        root = etree.parse(stream, parser).getroot()
+        # lxml raises OSError for invalid UTF-8 in a file it reads itself, as for a file it cannot read.
+        root = etree.fromstring(stream.read(), parser)
     except etree.XMLSyntaxError as error:
         yield Rejected("broken_xml", Source(name, 1), str(error))
         return
@@ -136,24 +165,36 @@ def _is_retracted(article: etree._Element, meta: etree._Element, title: str) -> 
 
 
 def _license(meta: etree._Element) -> str | None:
-    """The licence's address, or its type, or its own words; None when the article states none."""
+    """The Creative Commons address in a licence, its other address, its type, or its words; None without."""
     license_element = next(meta.iter("license"), None)
     if license_element is None:
         return None
-    address = license_element.get("{http://www.w3.org/1999/xlink}href") or license_element.findtext(
-        "license_ref"
+    found = (_CREATIVE_COMMONS.search(words) for words in _stated(license_element))
+    common = next((match[0] for match in found if match), None)
+    address = (
+        common
+        or license_element.get("{http://www.w3.org/1999/xlink}href")
+        or license_element.findtext("license_ref")
     )
     words = " ".join(_text(license_element).split())
     return address or license_element.get("license-type") or words[:200] or None
 
 
+def _stated(element: etree._Element) -> Iterator[str]:
+    """Attributes and text of an element and all below it, in order."""
+    for inner in element.iter():
+        yield from map(str, inner.values())
+        yield inner.text or ""
+        yield inner.tail or ""
+
+
 def _abstract(meta: etree._Element) -> Iterator[str]:
-    """Paragraphs of the abstract proper; those with an abstract-type are digests and graphical abstracts.
+    """Paragraphs of the abstract proper; not digests and graphical abstracts.
 
     The title of a section of a structured abstract opens its first paragraph: `Methods: We ...`.
     """
     for abstract in meta.iterfind("abstract"):
-        if abstract.get("abstract-type") is not None:
+        if (abstract.get("abstract-type") or "").lower() in _DIGESTS:
             continue
         heading = ""
         for block in _blocks(abstract, depth=1):
@@ -223,8 +264,12 @@ class _Paragraphs:
             self.cut()
             self._add_content(element)
             self.cut()
+        elif element.tag == "break":
+            self._pieces.append(" ")
         elif element.tag == "sup":
             self._add_superscript(element)
+        elif element.tag in _MATHEMATICS:
+            self._pieces.append(_formula(element))
         else:
             self._add_content(element)
 
@@ -243,9 +288,36 @@ class _Paragraphs:
 
     def _add_superscript(self, element: etree._Element) -> None:
         """`10<sup>-3</sup>` becomes `10^-3`: as `10-3` it would be another number."""
-        if element.text and _POWER.match(element.text.strip()):
-            self._pieces.append("^")
+        place = len(self._pieces)
         self._add_content(element)
+        if _POWER.match("".join(self._pieces[place:])):
+            self._pieces.insert(place, "^")
+
+
+def _formula(element: etree._Element) -> str:
+    """A power, fraction or root of MathML in one line: `10^28`, `a/b`, `\u221a2`.
+
+    Without the signs it would be another number. A part of several symbols is put in brackets.
+    """
+    parts = [_inline(child).strip() for child in element if isinstance(child.tag, str)]
+    match element.tag, [part if _ONE_SYMBOL.fullmatch(part) else f"({part})" for part in parts]:
+        case "msup", [base, power]:
+            return f"{base}{_power(parts[1], power)}"
+        case "msubsup", [base, _, power]:
+            return f"{base}{parts[1]}{_power(parts[2], power)}"
+        case "mfrac", [above, below]:
+            return f"{above}/{below}"
+        case "mroot", [base, degree]:
+            return f"{base}^(1/{degree})"
+        case "msqrt", _:
+            inside = "".join(parts)
+            return "\u221a" + (inside if _ONE_SYMBOL.fullmatch(inside) else f"({inside})")
+    return "".join(parts)  # not as MathML has it
+
+
+def _power(text: str, in_brackets: str) -> str:
+    """An exponent after `^`; a mark such as a prime or an asterisk as it is."""
+    return f"^{in_brackets}" if any(character.isalnum() for character in text) else text
 
 
 def _character(entity: etree._Element) -> str:

@@ -27,7 +27,7 @@ from data_tools.readers.citations import MARK, close_gaps, is_numeric
 Span = tuple[int, int]
 
 # A page's head or foot that was taken for a paragraph: a short title beside `Page 2 of 6`, or a bare number.
-_RUNNING_HEAD = re.compile(r"\s*(?:.{0,120}\bPage \d+ of \d+|Page \d+ of \d+\b.{0,120}|\d*)\s*")
+_RUNNING_HEAD = re.compile(r".{0,120}\bPage \d+ of \d+|Page \d+ of \d+\b.{0,120}|\d*")
 _LONGEST_ID = 18  # digits that surely fit int64
 _NOT_TEXT = ("author", "authoraffiliation", "bibentry", "figure", "table")
 
@@ -52,12 +52,14 @@ def read(stream: BinaryIO, name: str) -> Iterator[Paper | Rejected]:
 
 
 def _lines(stream: BinaryIO, name: str) -> Iterator[bytes]:
-    if not name.endswith(".gz"):
+    if not name.lower().endswith(".gz"):
         yield from stream
         return
     try:
         with gzip.GzipFile(fileobj=stream, mode="rb") as file:
             yield from file
+        if stream.tell() == 0:
+            raise EOFError("it is empty")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{name} is not a readable gzip file ({error}); download it again.") from error
 
@@ -78,7 +80,9 @@ def _paper(record: object, source: Source) -> Paper:
         raise _WrongStructure("the record is null")
     fields = _object(record, "the record")
     ids = _object(fields.get("externalids"), "externalids")
-    content = _object(fields.get("content"), "content")
+    if "content" not in fields:
+        raise _WrongStructure("the record has no content: not the Datasets API's s2orc layout")
+    content = _object(fields["content"], "content")
     text = _text(content.get("text"))
     spans = _annotations(_object(content.get("annotations"), "annotations"), len(text))
     titles = spans.get("title", [])[:1]  # later ones are journal names and running titles
@@ -178,7 +182,7 @@ def _cut(
             place = max(place, end)
         pieces.append(text[place:stop])
         remaining = close_gaps("".join(pieces))
-        if not _RUNNING_HEAD.fullmatch(remaining):
+        if not _RUNNING_HEAD.fullmatch(" ".join(remaining.split())):
             yield Block(remaining, depth)
 
 

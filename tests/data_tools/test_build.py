@@ -23,10 +23,10 @@ from data_tools.documents import read_documents
 from data_tools.errors import UserError
 from data_tools.files import locked
 from data_tools.finalize import table_path
-from data_tools.inputs import find_inputs, shards
+from data_tools.inputs import InputFile, find_inputs, shards
 from data_tools.manifest import Manifest, Options
 from data_tools.papers import Paper
-from data_tools.readers import READERS, reader_for
+from data_tools.readers import reader_for
 from data_tools.token_files import TokenFile
 from data_tools.verify import verify
 from tests.data_tools.sources import simple_article, simple_record, write_jsonl
@@ -133,7 +133,7 @@ def assert_corpus_is(inputs: list[Path], tokenizer: Path, directory: Path) -> No
     for file in sorted(find_inputs(inputs), key=lambda file: file.name):
         reader = reader_for(file.name)
         assert reader is not None
-        with file.path.open("rb") as stream:
+        with open(file.path, "rb") as stream:
             found = [
                 paper for paper in reader.read(stream, file.name) if isinstance(paper, Paper) and paper.pmc_id
             ]
@@ -143,8 +143,8 @@ def assert_corpus_is(inputs: list[Path], tokenizer: Path, directory: Path) -> No
     ids = read_documents([table_path(directory, name) for name in names], ["pmc_id"])["pmc_id"].to_pylist()
     documents = []
     for number in range(len(names)):
-        with TokenFile(corpus.part_prefix(number)) as file:
-            documents += [file.document(document).tolist() for document in range(file.header.documents)]
+        with TokenFile(corpus.part_prefix(number)) as part:
+            documents += [part.document(document).tolist() for document in range(part.header.documents)]
     made = dict(zip(ids, documents, strict=True))
     assert made == {pmc_id: [*tokens, processor.eos_id()] for pmc_id, tokens in expected}
 
@@ -288,14 +288,116 @@ def test_parts_of_another_tokenizer_or_selection_are_not_continued(
 def test_a_directory_with_other_files_or_a_file_is_refused(
     papers: Path, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
+    other = tmp_path / "other"
+    (other / "parts").mkdir(parents=True)
+    (other / "parts" / "part-00000.bin").write_bytes(b"a figure of another program")
+    before = contents(tmp_path)
     with pytest.raises(UserError, match="not empty and holds no corpus"):
-        make(papers, tiny_tokenizer, papers)
+        make(papers, tiny_tokenizer, other)
+    assert contents(tmp_path) == before
     with pytest.raises(UserError, match="is a file"):
         make(papers, tiny_tokenizer, papers / "README.txt")
 
 
+def test_a_build_removes_no_file_that_is_not_its_own(
+    papers: Path, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    make(papers, tiny_tokenizer, tmp_path / "corpus")
+    parts = tmp_path / "corpus" / "parts"
+    others = ["part-notes.txt", "part-00000.bin.backup", ".part-notes.swp", "part-7.bin", "part-00099.csv"]
+    for name in others:
+        (parts / name).write_text("mine")
+    for name in ("part-00098.bin", ".part-00000.idx.partial"):
+        (parts / name).write_text("left by a build")
+    make(papers, tiny_tokenizer, tmp_path / "corpus")
+    assert {name for name in others if (parts / name).exists()} == set(others)
+    assert not (parts / "part-00098.bin").exists()
+    assert not (parts / ".part-00000.idx.partial").exists()
+
+
+@pytest.mark.parametrize("where", [".", "parts", "deep/down"])
+def test_an_input_in_the_output_is_refused_and_left_alone(
+    where: str, papers: Path, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "corpus"
+    (output / where).mkdir(parents=True, exist_ok=True)
+    inside = output / where / "part-00000.jsonl"
+    shutil.copy(papers / "s0.jsonl", inside)
+    before = contents(output)
+    for source in (inside, output):
+        with pytest.raises(UserError, match="lies in the output"):
+            make([papers, source], tiny_tokenizer, output)
+    assert contents(output) == before
+
+
+def test_a_build_killed_while_it_wrote_its_marker_goes_on(
+    papers: Path, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / ".parts.json.partial").write_text("{")
+    make(papers, tiny_tokenizer, tmp_path / "corpus")
+    make(papers, tiny_tokenizer, tmp_path / "fresh")
+    assert contents(tmp_path / "corpus") == contents(tmp_path / "fresh")
+
+
+def test_whether_the_corpus_is_finished_is_asked_under_the_lock(
+    papers: Path, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    """A directory that another build holds is in use, whatever stands in it at this moment."""
+    make(papers, tiny_tokenizer, tmp_path / "corpus")
+    (tmp_path / "corpus" / "corpus.json").write_bytes(b"{")
+    with (
+        locked(tmp_path / "corpus", fcntl.LOCK_EX),
+        pytest.raises(UserError, match="Another build is at work"),
+    ):
+        make(papers, tiny_tokenizer, tmp_path / "corpus")
+
+
+def test_one_bad_file_among_articles_is_counted_and_the_build_goes_on(
+    papers: Path, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    (papers / "latin.xml").write_bytes(simple_article(300).encode().replace(b"Article", b"\xe9rticle"))
+    counts = make(papers, tiny_tokenizer, tmp_path / "corpus").counts
+    assert counts.left_out == {"broken_xml": 1}
+    assert counts.kept == 67
+
+
+def test_what_was_found_in_a_record_is_named_in_short_clean_text(
+    papers: Path, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    record = {"corpusid": 1, "content": {"text": "a", "annotations": {"\ud800" + "k" * 1000: "x"}}}
+    write_jsonl(papers / "t.jsonl", [record])
+    counts = make(papers, tiny_tokenizer, tmp_path / "corpus").counts
+    (example,) = counts.examples["wrong_structure"]
+    assert example.startswith("papers/t.jsonl:1 the annotation \ufffdk")
+    assert len(example) <= len("papers/t.jsonl:1 ") + 200
+
+
+def test_pipes_are_refused_without_waiting_for_a_writer(papers: Path, tmp_path: Path) -> None:
+    os.mkfifo(papers / "z.jsonl")
+    for path in (papers, papers / "z.jsonl"):
+        with pytest.raises(UserError, match=r"z\.jsonl is a pipe or device"):
+            find_inputs([path])
+
+
+def test_a_name_that_is_too_long_is_one_sentence(papers: Path, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read: File name too long"):
+        find_inputs([tmp_path / ("x" * 300 + ".jsonl")])
+    with pytest.raises(UserError, match="cannot be written"):
+        make(papers, tiny_tokenizer, tmp_path / ("x" * 300))
+
+
+def test_few_articles_still_make_parts_for_many_workers() -> None:
+    def sizes(articles: int) -> list[int]:
+        return [len(group) for group in shards([InputFile("/a.xml", "a.xml", 1)] * articles)]
+
+    assert sizes(1000) == [512, 488]
+    assert sizes(64_000) == [1000] * 64
+    assert max(sizes(1_200_000)) == 16_384
+
+
 def test_loose_articles_are_grouped_by_count_and_other_files_stand_alone(tmp_path: Path) -> None:
-    size = next(reader.files_per_part for reader in READERS if ".xml" in reader.suffixes)
+    size = 512
     for number in range(size + 1):
         (tmp_path / f"{number:05}.xml").touch()
     (tmp_path / "00003.jsonl").touch()

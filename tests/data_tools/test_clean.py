@@ -28,7 +28,16 @@ def test_a_title_alone_is_no_text() -> None:
 
 
 @pytest.mark.parametrize(
-    "heading", ["References", "5. REFERENCES:", "VI Acknowledgements", "Authors\u2019 contributions"]
+    "heading",
+    [
+        "References",
+        "5. REFERENCES:",
+        "VI Acknowledgements",
+        "Authors\u2019 contributions",
+        "Funding",
+        "Conflicts of Interest",
+        "Supplementary Material:",
+    ],
 )
 def test_sections_of_names_and_references_are_dropped_up_to_the_next_of_their_depth(heading: str) -> None:
     sections = (
@@ -46,7 +55,8 @@ def test_sections_of_names_and_references_are_dropped_up_to_the_next_of_their_de
 
 
 @pytest.mark.parametrize(
-    "heading", ["Reference values in infants", "References to prior work", "Mixture", "Civil law"]
+    "heading",
+    ["Funding of trials", "Reference values in infants", "References to prior work", "Mixture", "Civil law"],
 )
 def test_headings_that_only_begin_like_them_are_kept(heading: str) -> None:
     assert training_text(paper(sections=(Block(heading, 1), Block("kept")))) == f"# T\n\n## {heading}\n\nkept"

@@ -1,11 +1,17 @@
 """The commands: what they show, and one sentence with status 2 for everything a user can mend."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from data_tools.cli import main
@@ -161,6 +167,80 @@ def test_verify_finds_ids_that_the_tokenizer_did_not_make_even_with_right_checks
         files = {**part.files, "bin": FileInfo(len(tokens) * 2, checksum(path))}
         write_manifest(copy, replace(manifest, parts=[replace(part, files=files), *manifest.parts[1:]]))
         assert_refused(run(capsys, "verify", copy), "part-00000.bin is not what its tokenizer makes")
+
+
+def test_verify_shows_how_far_it_is(tiny_corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, error = run(capsys, "verify", tiny_corpus)
+    (line,) = error.splitlines()
+    assert line.startswith("100%  11 files")
+    assert "MB/s" in line
+    assert line.endswith("0:00:00 left")
+
+
+def test_ids_beyond_the_vocabulary_are_one_sentence(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copy / "parts" / "part-00000.bin"
+    tokens = np.fromfile(path, "<u2")
+    tokens[3] = 60_000
+    path.write_bytes(tokens.tobytes())
+    assert_refused(run(capsys, "inspect", copy), "the tokenizer has 0 to 399")
+
+
+def test_an_output_whose_name_is_like_markup_is_printed_as_it_is(
+    papers: Path, tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out[" / "b][red]"
+    status, out, _ = run(
+        capsys, "build", "--input", papers, "--tokenizer", tiny_tokenizer, "--output", output, "--workers", 1
+    )
+    assert status == 0
+    assert f"inspect {output}\n" in out
+
+
+def _build_with_two_workers(directory: Path, tokenizer: Path) -> subprocess.Popen[str]:
+    """A build in a session of its own, returned as soon as a worker has begun to import."""
+    papers = [
+        write_jsonl(directory / f"{shard}.jsonl", [simple_record(n, words=900) for n in range(300)])
+        for shard in range(2)
+    ]
+    arguments = ["--input", *papers, "--tokenizer", tokenizer, "--output", directory / "c", "--workers", "2"]
+    command = [sys.executable, "-m", "data_tools.cli", "build", *map(str, arguments)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not _importing_workers(process.pid):
+        assert process.poll() is None, "the build ended before it had a worker"
+        time.sleep(0.001)
+    return process
+
+
+def test_an_interruption_while_the_workers_start_is_one_line(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    process = _build_with_two_workers(tmp_path, tiny_tokenizer)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C on a terminal
+    _, error = process.communicate(timeout=60)
+    assert error == "pmc-data: interrupted; finished parts are kept, the same command goes on.\n"
+    assert process.returncode == 130
+
+
+def test_workers_leave_an_interruption_to_their_parent_from_their_first_moment(
+    tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    process = _build_with_two_workers(tmp_path, tiny_tokenizer)
+    for worker in _importing_workers(process.pid):
+        worker.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert "Traceback" not in error
+    assert process.returncode == 0
+
+
+def _importing_workers(parent: int) -> list[psutil.Process]:
+    """The workers in which Python has begun, so that it has a handler for SIGINT."""
+    workers = [w for w in psutil.Process(parent).children() if "spawn_main" in " ".join(w.cmdline())]
+    return [worker for worker in workers if _handled_signals(worker.pid) & (1 << (signal.SIGINT - 1))]
+
+
+def _handled_signals(process: int) -> int:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:"))
 
 
 def test_every_command_on_a_corpus_refuses_another_directory(

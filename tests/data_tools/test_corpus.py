@@ -1,6 +1,8 @@
 """A split's stream is the concatenation of its documents, however it is asked for."""
 
+import json
 import multiprocessing
+import os
 import shutil
 from pathlib import Path
 
@@ -9,11 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from sentencepiece import sentencepiece_model_pb2
 
+from data_tools.build import build
+from data_tools.clean import TEXT_RULES
 from data_tools.corpus import Corpus, Split
 from data_tools.documents import read_documents
 from data_tools.errors import UserError
+from data_tools.manifest import Options
 from data_tools.token_files import TokenFile
+from tests.data_tools.sources import simple_record, write_jsonl
 
 
 def all_documents(corpus: Corpus) -> list[NDArray[np.integer]]:
@@ -110,8 +117,7 @@ def copy(tiny_corpus: Path, tmp_path: Path) -> Path:
 
 
 def files_of(corpus: Path) -> list[Path]:
-    tables = [path for path in corpus.rglob("*") if path.is_file() and path.suffix != ".json"]
-    return sorted(path for path in tables if path.name != "tokenizer.model")
+    return sorted(path for path in corpus.rglob("*") if path.is_file() and path.suffix != ".json")
 
 
 def test_a_file_that_is_cut_grown_or_missing_is_named_at_opening(copy: Path) -> None:
@@ -146,12 +152,134 @@ def test_a_part_of_another_corpus_is_refused_at_opening(copy: Path) -> None:
         (b'{"format": "pmc-llama corpus", "version": 1}', "damaged"),
         (b'{"format": "pmc-llama corpus", "version": 1, "tokenizer": 3}', "damaged"),
         (b"\xff\xfe", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
     ],
 )
 def test_a_damaged_corpus_json_is_one_sentence(content: bytes, message: str, copy: Path) -> None:
     (copy / "corpus.json").write_bytes(content)
     with pytest.raises(UserError, match=message):
         Corpus.open(copy)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (["dtype"], "float32", "dtype 'float32'"),
+        (["dtype"], ["uint16"], "dtype is not of type str"),
+        (["tokenizer", "vocab_size"], "400", r"tokenizer\.vocab_size is not of type int"),
+        (["tokenizer", "eos"], 400, "EOD is not in the vocabulary"),
+        (["parts"], [], "it names no parts"),
+        (["parts"], {}, "parts is not of type list"),
+        (["parts", 0, "tokens"], 1.5, r"parts\[0\]\.tokens is not of type int"),
+        (["parts", 0, "documents"], -1, "negative"),
+        (["parts", 0, "documents"], True, "not of type int"),
+        (["parts", 0, "name"], "../../elsewhere", "not named part-N"),
+        (["parts", 0, "files"], {}, "a part lacks a file"),
+        (["parts", 0, "files", "bin"], None, r"files\.bin has to be an object"),
+        (["splits"], {}, "splits are not train and heldout"),
+        (["splits", "train", "documents"], 10**30, "not those kept"),
+        (["splits", "train", "tokens"], 10**30, "more tokens than the parts"),
+        (["splits", "train", "file", "bytes"], "1", "not of type int"),
+        (["counts", "kept"], None, "not of type int"),
+        (["counts", "left_out"], {"retracted": "1"}, "not of type int"),
+        (["counts", "examples"], {"retracted": [1]}, "not of type str"),
+        (["options", "heldout"], "0.1", "not of type float"),
+        (["more"], 1, "has to be an object with the keys"),
+    ],
+)
+def test_a_value_of_corpus_json_that_cannot_be_is_named(
+    keys: list[str | int], value: object, message: str, copy: Path
+) -> None:
+    content = json.loads((copy / "corpus.json").read_bytes())
+    target = content
+    for key in keys[:-1]:
+        target = target[key]
+    target[keys[-1]] = value
+    (copy / "corpus.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"corpus.json is damaged: .*{message}"):
+        Corpus.open(copy)
+
+
+def test_a_garbled_header_of_a_split_is_one_sentence(copy: Path) -> None:
+    content = (copy / "train.npy").read_bytes()
+    for place in range(128):
+        for byte in (0, ord("("), ord("'"), 0xFF):
+            (copy / "train.npy").write_bytes(content[:place] + bytes([byte]) + content[place + 1 :])
+            try:
+                Corpus.open(copy).split("train")
+            except UserError as error:
+                assert "train.npy" in str(error)  # noqa: PT017
+
+
+def test_a_tokenizer_of_the_same_size_that_made_other_ids_is_refused_at_opening(copy: Path) -> None:
+    content = bytearray((copy / "tokenizer.model").read_bytes())
+    content[-1] ^= 1
+    (copy / "tokenizer.model").write_bytes(content)
+    with pytest.raises(UserError, match=r"tokenizer\.model is damaged"):
+        Corpus.open(copy)
+
+
+def test_every_range_of_every_part_is_announced_before_the_first_is_read(
+    tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, str, int, int]] = []
+
+    def path_of(descriptor: int) -> str:
+        return Path(f"/proc/self/fd/{descriptor}").resolve().name
+
+    advise, read = os.posix_fadvise, os.preadv
+
+    def announced(descriptor: int, offset: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        calls.append(("announce", path_of(descriptor), offset, length))
+        advise(descriptor, offset, length, advice)
+
+    def was_read(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        calls.append(("read", path_of(descriptor), offset, sum(map(len, buffers))))
+        return read(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "posix_fadvise", announced)
+    monkeypatch.setattr(os, "preadv", was_read)
+    split = Corpus.open(tiny_corpus).split("train")
+    split.read([(split.tokens - 300, split.tokens), (0, 300), (split.tokens // 2, split.tokens // 2 + 50)])
+    kinds = [call[0] for call in calls]
+    assert kinds == sorted(kinds)  # "announce" before "read"
+    ranges = {kind: [call[1:] for call in calls if call[0] == kind] for kind in ("announce", "read")}
+    assert ranges["announce"] == ranges["read"]
+    assert len({name for name, _, _ in ranges["read"]}) > 1
+
+
+def test_the_fingerprint_changes_with_a_token_a_decision_and_the_tokenizer(
+    tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    def fingerprint(records: list[object], name: str, tokenizer: Path = tiny_tokenizer) -> str:
+        source = write_jsonl(tmp_path / "papers.jsonl", records)
+        options = Options(TEXT_RULES, require_pmc_id=True, heldout=0.0)
+        build([source], tokenizer, tmp_path / name, options, workers=1)
+        return Corpus.open(tmp_path / name).fingerprint
+
+    records = [simple_record(number) for number in range(4)]
+    first = fingerprint(records, "first")
+    assert fingerprint(records, "again") == first
+
+    other_word = json.loads(json.dumps(records).replace("patients", "patiends", 1))
+    token = fingerprint(other_word, "token")
+
+    # The third paper takes the PMC id of the first: its tokens stay, it no longer counts.
+    duplicate = [*records[:2], simple_record(2, pmc_id="1000"), records[3]]
+    decision = fingerprint(duplicate, "decision")
+
+    # Other scores for pieces that the papers never need give the same ids with another model.
+    model = sentencepiece_model_pb2.ModelProto.FromString(tiny_tokenizer.read_bytes())
+    model.trainer_spec.input.append("renamed")
+    (tmp_path / "other.model").write_bytes(model.SerializeToString())
+    tokenizer = fingerprint(records, "tokenizer", tmp_path / "other.model")
+
+    def ids(name: str) -> bytes:
+        return (tmp_path / name / "parts" / "part-00000.bin").read_bytes()
+
+    assert ids("decision") == ids("tokenizer") == ids("first")
+    assert len({first, token, decision, tokenizer}) == 4
 
 
 def test_a_directory_that_is_no_corpus_says_so(tmp_path: Path) -> None:

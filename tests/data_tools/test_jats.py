@@ -1,6 +1,7 @@
 """JATS articles become papers: both id styles, nested sections, and nothing of the apparatus around them."""
 
-import io
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,12 @@ from tests.data_tools.sources import jats_article
 
 
 def read(xml: str | bytes) -> list[Paper | Rejected]:
-    return list(jats.read(io.BytesIO(xml.encode() if isinstance(xml, str) else xml), "x.xml"))
+    """Read from a file on disk, as a build does: lxml treats other streams differently."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(xml.encode() if isinstance(xml, str) else xml)
+        file.flush()
+        with Path(file.name).open("rb") as stream:
+            return list(jats.read(stream, "x.xml"))
 
 
 def read_paper(xml: str) -> Paper:
@@ -100,6 +106,75 @@ def test_powers_do_not_become_other_numbers() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("formula", "expected"),
+    [
+        ("<msup><mn>10</mn><mn>28</mn></msup>", "10^28"),
+        ("<msup>\n <mn>10</mn>\n <mrow><mo>\u2212</mo><mn>3</mn></mrow>\n</msup>", "10^\u22123"),
+        ("<msup><mi>x</mi><mrow><mi>n</mi><mo>+</mo><mn>1</mn></mrow></msup>", "x^(n+1)"),
+        ("<msup><mi>x</mi><mo>\u2032</mo></msup>", "x\u2032"),
+        ("<msubsup><mi>x</mi><mn>1</mn><mn>2</mn></msubsup>", "x1^2"),
+        ("<mfrac><mn>1</mn><mn>2</mn></mfrac>", "1/2"),
+        ("<mfrac><mrow><mi>a</mi><mo>+</mo><mi>b</mi></mrow><mn>2</mn></mfrac>", "(a+b)/2"),
+        (
+            "<msup><mrow><mo>(</mo><mi>a</mi><mo>+</mo><mi>b</mi><mo>)</mo></mrow><mn>2</mn></msup>",
+            "(a+b)^2",
+        ),
+        ("<msqrt><mn>2</mn></msqrt>", "\u221a2"),
+        ("<mroot><mn>8</mn><mn>3</mn></mroot>", "8^(1/3)"),
+        ("<msup><mfrac><mn>1</mn><mn>2</mn></mfrac><mn>3</mn></msup>", "(1/2)^3"),
+    ],
+)
+def test_mathml_powers_fractions_and_roots_keep_their_value(formula: str, expected: str) -> None:
+    assert body_text(f"<p><math>{formula}</math></p>") == [expected]
+
+
+@pytest.mark.parametrize(
+    ("xml", "expected"),
+    [
+        ("10<sup>\u20133</sup>", "10^\u20133"),
+        ("10<sup>\u20103</sup>", "10^\u20103"),
+        ("2<sup>\u2212\u0394\u0394Ct</sup>", "2^\u2212\u0394\u0394Ct"),
+        ("m<sup><italic>2</italic></sup>", "m^2"),
+        ("Cl<sup>\u2212</sup> and CD4<sup>+</sup>", "Cl\u2212 and CD4+"),
+    ],
+)
+def test_powers_in_other_spelling(xml: str, expected: str) -> None:
+    assert body_text(f"<p>{xml}</p>") == [expected]
+
+
+def test_a_year_alone_is_half_of_an_author_year_citation_and_stays() -> None:
+    body = (
+        '<p>Lovelace (<xref ref-type="bibr">1843</xref>; <xref ref-type="bibr">1844b</xref>) but not '
+        'these [<xref ref-type="bibr">18</xref>].</p>'
+    )
+    assert body_text(body) == ["Lovelace (1843; 1844b) but not these."]
+
+
+@pytest.mark.parametrize(
+    ("xml", "expected"),
+    [
+        ("Known (Menabrea 1842; {1}).", "Known (Menabrea 1842)."),
+        ("Known ({1}; Menabrea 1842; {2}; Babbage 1837).", "Known (Menabrea 1842; Babbage 1837)."),
+        ("As Lovelace et al.{1}. More.", "As Lovelace et al. More."),
+        ("As Lovelace et al. [{1}]. More.", "As Lovelace et al. More."),
+        ("Known (see {1},{2}), (e.g., {3}), (reviewed in {4}) and (see also refs. {5}).", "Known and."),
+        ("Known (see Table 1).", "Known (see Table 1)."),
+    ],
+)
+def test_nothing_is_left_of_what_only_held_a_citation(xml: str, expected: str) -> None:
+    numbers = {str(n): f'<xref ref-type="bibr">{n}</xref>' for n in range(6)}
+    for number, reference in numbers.items():
+        xml = xml.replace("{" + number + "}", reference)
+    assert body_text(f"<p>{xml}</p>") == [expected]
+
+
+def test_a_break_is_a_space_and_an_array_is_cut_like_a_table() -> None:
+    assert body_text("<p>one<break/>two</p><array><tbody><tr><td>CELL</td></tr></tbody></array>") == [
+        "one two"
+    ]
+
+
 def test_numeric_citations_go_and_author_years_stay() -> None:
     def cite(text: str) -> str:
         return f'<xref ref-type="bibr" rid="b">{text}</xref>'
@@ -125,6 +200,14 @@ def test_lists_and_quotations_become_paragraphs_of_their_own() -> None:
     assert body_text(body) == ["First: ", "one", "two", "then on.", "Quoted.", "Box", "Boxed."]
 
 
+@pytest.mark.parametrize(
+    ("kind", "kept"), [("section", True), ("teaser", False), ("plain-language-summary", False)]
+)
+def test_of_abstracts_with_a_type_only_digests_are_left_out(kind: str, kept: bool) -> None:
+    xml = jats_article(meta=f'<abstract abstract-type="{kind}"><p>Another.</p></abstract>')
+    assert ("Another." in read_paper(xml).abstract) is kept
+
+
 def test_the_sections_of_a_structured_abstract_are_named_and_digests_left_out() -> None:
     xml = jats_article(
         abstract="<sec><title>Aim:</title><p>To see.</p></sec>"
@@ -145,6 +228,17 @@ def test_the_sections_of_a_structured_abstract_are_named_and_digests_left_out() 
         ('<permissions><license license-type="open-access"/></permissions>', "open-access"),
         ("<permissions><license><p>Free to  all.</p></license></permissions>", "Free to all."),
         ("<permissions><license/></permissions>", None),
+        (
+            '<permissions><license license-type="open-access" xlink:href="http://journal/terms"><p>Under '
+            '<ext-link xlink:href="https://creativecommons.org/licenses/by/4.0/">CC BY</ext-link>.</p>'
+            "</license></permissions>",
+            "https://creativecommons.org/licenses/by/4.0/",
+        ),
+        (
+            '<permissions><license license-type="open-access"><p>Terms '
+            "(http://creativecommons.org/licenses/by-nc/3.0/).</p></license></permissions>",
+            "http://creativecommons.org/licenses/by-nc/3.0/",
+        ),
     ],
 )
 def test_the_licence_is_its_address_type_or_words(meta: str, expected: str | None) -> None:

@@ -178,10 +178,48 @@ def test_a_field_of_the_wrong_type_is_wrong_structure(path: list[str], value: ob
 
 @pytest.mark.parametrize(
     "empty",
-    [{}, {"content": None}, {"content": {"text": None}}, {"content": {"text": "a", "annotations": None}}],
+    [
+        {"content": None},
+        {"content": {}},
+        {"content": {"text": None}},
+        {"content": {"text": "a", "annotations": None}},
+    ],
 )
-def test_a_record_without_content_is_a_paper_without_text(empty: dict[str, object]) -> None:
+def test_a_record_with_empty_content_is_a_paper_without_text(empty: dict[str, object]) -> None:
     assert training_text(read_paper({**{"corpusid": 1, "externalids": None}, **empty})) == ""
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"paper_id": "1", "metadata": {}, "body_text": [{"text": "a"}], "bib_entries": {}},
+        {"paper_id": "1", "pdf_parse": {"body_text": []}, "externalids": {"PubMedCentral": "5"}},
+        {"corpusid": 1, "body": {"text": "a", "annotations": {}}},
+    ],
+)
+def test_other_layouts_of_s2orc_are_wrong_structure(record: object) -> None:
+    (rejected,) = read(record)
+    assert isinstance(rejected, Rejected)
+    assert rejected.reason == "wrong_structure"
+    assert "not the Datasets API's s2orc layout" in rejected.detail
+
+
+def test_a_year_alone_is_half_of_an_author_year_citation_and_stays() -> None:
+    text = "Lovelace (1843) and Menabrea (1842a; 1842) but not these [13] here."
+    body = S2orcText().add(text, "paragraph")
+    body.spans["bibref"] = [
+        {"start": 1 + text.index(marker), "end": 1 + text.index(marker) + len(marker)}
+        for marker in ("1843", "1842a", "[13]")
+    ]
+    paper = read_paper(s2orc_record(body, "1"))
+    assert training_text(paper) == "Lovelace (1843) and Menabrea (1842a; 1842) but not these here."
+
+
+def test_a_long_run_of_spaces_takes_no_long_time() -> None:
+    text = "a [1]" + " " * 300_000 + "b" + ", ; " * 75_000 + "c"
+    body = S2orcText().add(text, "paragraph").add(" " * 300_000 + "x", "paragraph")
+    body.spans["bibref"] = [{"start": 4, "end": 5}]
+    assert training_text(read_paper(s2orc_record(body, "1"))).startswith("a b,")
 
 
 @pytest.mark.parametrize("value", [True, "abc", 10**30, -1, 1.5, None, {}])
@@ -198,7 +236,9 @@ def test_a_gzip_that_is_cut_or_none_is_an_error_naming_the_file(tmp_path: Path) 
         whole[:-3],
         whole[:100] + b"\0" * 50 + whole[150:],
         b"plain text",
+        b"",
     ):
         with pytest.raises(UserError, match=r"x\.jsonl\.gz is not a readable gzip"):
             list(s2orc.read(io.BytesIO(damaged), "x.jsonl.gz"))
-    assert len(list(s2orc.read(io.BytesIO(whole), "x.jsonl.gz"))) == 50
+    for name in ("x.jsonl.gz", "X.JSONL.GZ"):
+        assert len(list(s2orc.read(io.BytesIO(whole), name))) == 50
