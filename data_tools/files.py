@@ -21,9 +21,9 @@ def aside(path: Path) -> Path:
 
 def publish(path: Path) -> None:
     """Give the finished file at `aside(path)` its name, durably: sync it, rename it, sync the directory."""
-    _sync(aside(path))
+    sync(aside(path))
     os.replace(aside(path), path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -42,20 +42,18 @@ def write_published(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
-def checksum(path: Path, report: Callable[[int], None] | None = None) -> str:
+def checksum(path: Path, count: Callable[[int], None] = lambda _: None) -> str:
     """XXH3-128 of a file's bytes, as 32 hex digits: against damage, not against forgery.
 
     Args:
-        path: of the file.
-        report: called with the bytes read so far, after each block.
+        path: the file.
+        count: told the bytes of each block read, for progress.
     """
-    digest, size = xxhash.xxh3_128(), 0
+    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
-            size += len(block)
-            if report is not None:
-                report(size)
+            count(len(block))
     return digest.hexdigest()
 
 
@@ -75,7 +73,8 @@ def locked(directory: Path, how: int) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or the names in a directory, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -5,7 +5,6 @@ called `step-NNNNNNNN` is complete by construction: it gets that name only when 
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -15,12 +14,12 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, StorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data_tools.errors import UserError
+from data_tools.files import checksum, sync
 from pmc_llama.progress import ByteProgress
 
 MANIFEST = "manifest.json"
@@ -31,7 +30,6 @@ _ASIDE = ".writing"
 _REPLACED = ".replaced-"
 _REMOVING = ".removing-"
 _DAMAGED = "damaged-"
-_READ_BYTES = 8 << 20
 
 FileTable = dict[str, dict[str, Any]]
 Result = TypeVar("Result")
@@ -106,20 +104,20 @@ def _prepare(aside: Path, tokenizer: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     shutil.copyfile(tokenizer, aside / TOKENIZER)
-    _fsync(aside / TOKENIZER)
+    sync(aside / TOKENIZER)
 
 
 def _publish(aside: Path, root: Path, manifest: Manifest) -> Path:
     path = aside / MANIFEST
     path.write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n")
-    _fsync(path)
-    _fsync(aside)
+    sync(path)
+    sync(aside)
     final = root / f"step-{manifest.step:08d}"
     replaced = root / f"{_REPLACED}{final.name}"
     if final.exists():  # `tidy` puts it back if the next line is the last that runs
         final.rename(replaced)
     aside.rename(final)
-    _fsync(root)
+    sync(root)
     shutil.rmtree(replaced, ignore_errors=True)
     return final
 
@@ -276,30 +274,13 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _checksum(path: Path, count: Callable[[int], None] = lambda _: None) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-            count(len(block))
-    return digest.hexdigest()
-
-
 def _checksum_together(directory: Path, group: dist.ProcessGroup) -> FileTable:
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     names = sorted(path.name for path in directory.iterdir())
     mine = {
         name: {
             "bytes": (directory / name).stat().st_size,
-            "xxh3_128": _checksum(directory / name),
+            "xxh3_128": checksum(directory / name),
         }
         for name in names[rank::world_size]
     }
@@ -319,7 +300,7 @@ def _verify_file(
         raise UserError(
             f"checkpoint {directory} is damaged: {name} has {found} bytes, expected {expected['bytes']}"
         )
-    if _checksum(path, count) != expected["xxh3_128"]:
+    if checksum(path, count) != expected["xxh3_128"]:
         raise UserError(f"checkpoint {directory} is damaged: the content of {name} fails its checksum")
 
 

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from data_tools.errors import UserError
+from data_tools.files import sync
 from pmc_llama.checkpoint import MANIFEST, TOKENIZER, Manifest, verify
 from pmc_llama.huggingface_tokenizer import write_tokenizer
 from pmc_llama.model import check_buildable
@@ -234,7 +235,7 @@ def _move_files(source: Path, target: Path) -> None:
     """Move every file; the configuration last, without which transformers opens nothing."""
     for path in sorted(source.iterdir(), key=lambda path: path.name == CONFIG):
         path.rename(target / path.name)
-    _fsync(target)
+    sync(target)
 
 
 def _write(
@@ -372,12 +373,4 @@ class _CountingPlanner(DefaultLoadPlanner):
 def _synchronize(directory: Path) -> None:
     """Have every byte of the directory on disk before its name says that it is complete."""
     for path in (*directory.iterdir(), directory):
-        _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)

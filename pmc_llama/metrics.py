@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from data_tools.errors import UserError
+from data_tools.files import write_published
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Metrics:
         self._console = _ConsoleLines(resume_step, every_steps)
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
-            _write_whole(output_dir / "recipe.yaml", recipe_text)
+            write_published(output_dir / "recipe.yaml", recipe_text.encode())
             self._json_lines = _JsonLines(output_dir / "metrics.jsonl", resume_step)
             self._tensorboard = _TensorBoard(output_dir / "tensorboard", resume_step, recipe_text)
         except OSError as error:
@@ -162,7 +163,7 @@ class _JsonLines:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if path.exists() else []
-        _write_whole(path, "".join(_json_line(row) for row in kept))
+        write_published(path, "".join(_json_line(row) for row in kept).encode())
         self._file = path.open("a")
 
     def record(self, record: StepRecord) -> None:
@@ -174,16 +175,6 @@ class _JsonLines:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write aside, sync, rename: the file is there whole or as it was."""
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 def _json_line(row: dict[str, Any]) -> str:

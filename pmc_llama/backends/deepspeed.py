@@ -14,7 +14,7 @@ if not torch.cuda.is_available():  # DeepSpeed reads it on import, and warns whe
 
 import deepspeed
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig
 
 from pmc_llama.backends.base import build_optimizer, clip_gradients
@@ -154,13 +154,16 @@ class DeepSpeedBackend:
                 yield gradient.view(-1)[: stop - start]
 
 
-def _owned(parameter: nn.Parameter) -> tuple[int, int]:
+# A ZeRO-3 parameter is a torch parameter with attributes of DeepSpeed's, which no type describes: Any.
+
+
+def _owned(parameter: Any) -> tuple[int, int]:
     """The elements [start, stop) of a ZeRO-3 parameter that this rank owns, without the padding."""
-    per_rank = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-    start = min(dist.get_rank() * per_rank, parameter.ds_numel)  # type: ignore[attr-defined]
-    return start, min(start + per_rank, parameter.ds_numel)  # type: ignore[attr-defined]
+    per_rank = parameter.ds_tensor.ds_numel
+    start = min(dist.get_rank() * per_rank, parameter.ds_numel)
+    return start, min(start + per_rank, parameter.ds_numel)
 
 
-def _shard(parameter: nn.Parameter, local: Tensor) -> FlatShard:
+def _shard(parameter: Any, local: Tensor) -> FlatShard:
     start, stop = _owned(parameter)
-    return FlatShard(local.detach()[: stop - start], start, parameter.ds_shape)  # type: ignore[attr-defined]
+    return FlatShard(local.detach()[: stop - start], start, parameter.ds_shape)
