@@ -17,13 +17,14 @@ CPU = torch.device("cpu")
 
 
 def odd_config(tied: bool = False) -> LlamaConfig:
-    """No dimension that 2 or 4 ranks divide evenly, but for the heads."""
+    """Vocabulary, width and feed-forward width are odd: neither 2 nor 4 ranks divide them."""
     return LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=36,
+        hidden_size=39,
         intermediate_size=101,
         num_hidden_layers=2,
-        num_attention_heads=2,
+        num_attention_heads=3,
+        head_dim=8,
         tie_word_embeddings=tied,
     )
 
