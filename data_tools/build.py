@@ -11,32 +11,33 @@ from data_tools.errors import UserError
 from data_tools.files import aside, locked, write_published
 from data_tools.finalize import finalize, require_papers
 from data_tools.inputs import InputFile, find_inputs, shards
-from data_tools.manifest import Manifest, Options, read_manifest, to_json
+from data_tools.manifest import Manifest, read_manifest, to_json
 from data_tools.parts import PartTask, add_counts, make_part
 from data_tools.progress import Progress
+from data_tools.recipe import Recipe
 from data_tools.tokenizer import Tokenizer
 from data_tools.workers import run
 
 _MARKER = "parts.json"
 """Says that `parts` beside it was made by a build. Written before `parts`, it stays with the corpus."""
 _MARKER_CONTENT = to_json({"format": "pmc-llama parts", "version": 1})
-_PART_FILE = r"(part-\d{5,})\.(?:bin|idx|documents\.parquet|json)"
+_PART_FILE = r"(part-\d{5,})\.(?:bin|idx|documents\.parquet|rejected\.jsonl|json)"
 _FINISHED_FILE = re.compile(_PART_FILE)
 _UNFINISHED_FILE = re.compile(rf"\.{_PART_FILE}\.partial")
 
 
 def build(
-    inputs: Sequence[Path], tokenizer_path: Path, directory: Path, options: Options, workers: int
+    inputs: Sequence[Path], tokenizer_path: Path, directory: Path, recipe: Recipe, workers: int
 ) -> Manifest:
     """Build a corpus, or go on with one that was interrupted.
 
-    The corpus' bytes depend on the inputs, the tokenizer and the options alone.
+    The corpus' bytes depend on the inputs, the tokenizer and the recipe alone.
 
     Args:
         inputs: files and directories of papers.
         tokenizer_path: a SentencePiece model.
         directory: where the corpus goes.
-        options: what to select and how to divide.
+        recipe: what to select, clean, measure and decide.
         workers: processes.
 
     Raises:
@@ -48,10 +49,10 @@ def build(
     _require_outside(files, directory)
     groups = shards(files)
     with _locked(directory):
-        fixed = _is_finished(directory, tokenizer, groups, options)
+        fixed = _is_finished(directory, tokenizer, groups, recipe)
         with _parts(directory) as parts:
             tasks = [
-                PartTask(f"part-{number:05}", group, parts, tokenizer_path.resolve(), options, fixed)
+                PartTask(f"part-{number:05}", group, parts, tokenizer_path.resolve(), recipe, fixed)
                 for number, group in enumerate(groups)
             ]
             with Progress(sum(file.bytes for file in files), "papers") as progress:
@@ -59,7 +60,7 @@ def build(
             counts = add_counts([part.counts for part in made])
             _remove_others(parts, {part.info.name for part in made} if counts.kept else set())
             require_papers(counts)
-            return finalize(directory, made, tokenizer, options)
+            return finalize(directory, made, tokenizer, recipe)
 
 
 def _require_outside(files: Sequence[InputFile], directory: Path) -> None:
@@ -73,7 +74,7 @@ def _require_outside(files: Sequence[InputFile], directory: Path) -> None:
 
 
 def _is_finished(
-    directory: Path, tokenizer: Tokenizer, groups: Sequence[tuple[InputFile, ...]], options: Options
+    directory: Path, tokenizer: Tokenizer, groups: Sequence[tuple[InputFile, ...]], recipe: Recipe
 ) -> bool:
     """Whether the directory holds the finished corpus of this very build.
 
@@ -90,7 +91,7 @@ def _is_finished(
         what
         for what, same in (
             ("tokenizer", manifest.tokenizer.sha256 == tokenizer.sha256),
-            ("options", manifest.options == options),
+            ("recipe", manifest.recipe == recipe),
             ("input", found == wanted),
         )
         if not same

@@ -10,10 +10,9 @@ from rich.console import Console
 
 from data_tools import show
 from data_tools.build import build
-from data_tools.clean import TEXT_RULES
 from data_tools.corpus import Corpus
 from data_tools.errors import UserError
-from data_tools.manifest import Options
+from data_tools.recipe import Decisions, Recipe
 from data_tools.verify import verify
 
 
@@ -38,7 +37,7 @@ def _build(options: argparse.Namespace) -> None:
         options.input,
         options.tokenizer,
         options.output,
-        Options(TEXT_RULES, options.require_pmc_id == "true", options.heldout),
+        Recipe(require_pmc_id=options.require_pmc_id == "true", decisions=Decisions(heldout=options.heldout)),
         options.workers,
     )
     show.result(manifest, options.output, Console())

@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from data_tools.clean import normalize_text
 from data_tools.errors import UserError
 from data_tools.files import aside, publish
+from data_tools.measures import Measured
 from data_tools.papers import Paper
+from data_tools.rules.normalize import normalize_text
 
 SCHEMA = pa.schema(
     [
@@ -23,10 +24,15 @@ SCHEMA = pa.schema(
         ("pubmed_id", pa.string()),
         ("license", pa.string()),
         ("retracted", pa.bool_()),
+        ("year", pa.int16()),
+        ("journal", pa.string()),
         ("source_file", pa.string()),
         ("source_position", pa.int64()),
         ("tokens", pa.int32()),
+        ("text_bytes", pa.int64()),
         ("text_hash", pa.binary(16)),
+        ("signature", pa.binary()),
+        ("overlaps", pa.list_(pa.int32())),
     ]
 )
 """`tokens` counts the EOD; `text_hash` is XXH3-128 of the training text in UTF-8, big-endian."""
@@ -44,14 +50,20 @@ class Row:
     pubmed_id: str | None
     license: str | None
     retracted: bool
+    year: int | None
+    journal: str | None
     source_file: str
     source_position: int
     tokens: int
+    text_bytes: int
     text_hash: bytes
+    signature: bytes | None
+    overlaps: tuple[int, ...]
 
 
-def row(paper: Paper, text: str, tokens: int) -> Row:
-    """The row of a paper, its training text and its length in tokens, EOD included."""
+def row(paper: Paper, text: str, tokens: int, measured: Measured) -> Row:
+    """The row of a paper, its training text, its length in tokens (EOD included) and its measures."""
+    content = text.encode()
     return Row(
         pmc_id=paper.pmc_id,
         corpus_id=paper.corpus_id,
@@ -59,10 +71,15 @@ def row(paper: Paper, text: str, tokens: int) -> Row:
         pubmed_id=_plain(paper.pubmed_id),
         license=_plain(paper.license),
         retracted=paper.retracted,
+        year=paper.year,
+        journal=_plain(paper.journal),
         source_file=paper.source.file,
         source_position=paper.source.position,
         tokens=tokens,
-        text_hash=text_hash(text),
+        text_bytes=len(content),
+        text_hash=xxhash.xxh3_128_digest(content),
+        signature=measured.signature,
+        overlaps=measured.overlaps,
     )
 
 

@@ -19,22 +19,23 @@ from data_tools.manifest import (
     Counts,
     FileInfo,
     Manifest,
-    Options,
     SplitInfo,
     TokenizerInfo,
     write_manifest,
 )
-from data_tools.papers import Reason, Source
+from data_tools.papers import Source
 from data_tools.parts import EXAMPLES, Part, add_counts
+from data_tools.recipe import Recipe
+from data_tools.rules import RULES_VERSION
 from data_tools.tokenizer import Tokenizer
 
 Mask = NDArray[np.bool_]
 
 _COLUMNS = ["pmc_id", "doi", "text_hash", "retracted", "tokens", "source_file", "source_position"]
-_REASONS: tuple[Reason, ...] = ("retracted", "duplicate_pmc_id", "duplicate_doi", "duplicate_text")
+_REASONS: tuple[str, ...] = ("retracted", "duplicate_pmc_id", "duplicate_doi", "duplicate_text")
 
 
-def finalize(directory: Path, parts: Sequence[Part], tokenizer: Tokenizer, options: Options) -> Manifest:
+def finalize(directory: Path, parts: Sequence[Part], tokenizer: Tokenizer, recipe: Recipe) -> Manifest:
     """Decide which documents count, and write the split files, the tokenizer and last corpus.json.
 
     Raises:
@@ -44,7 +45,7 @@ def finalize(directory: Path, parts: Sequence[Part], tokenizer: Tokenizer, optio
     reasons = decide(table)
     counts = _counts([part.counts for part in parts], table, reasons)
     require_papers(counts)
-    splits = divide(table, reasons == 0, options.heldout)
+    splits = divide(table, reasons == 0, recipe.decisions.heldout)
     tokens = table["tokens"].to_numpy().astype(np.int64)
     contents = {name: split_file(tokens, chosen) for name, chosen in splits.items()}
     for name, content in contents.items():
@@ -55,7 +56,8 @@ def finalize(directory: Path, parts: Sequence[Part], tokenizer: Tokenizer, optio
             tokenizer.sha256, tokenizer.vocab_size, tokenizer.bos, tokenizer.eos, tokenizer.unk
         ),
         dtype=tokenizer.dtype.name,
-        options=options,
+        rules_version=RULES_VERSION,
+        recipe=recipe,
         counts=counts,
         splits={name: _split_info(tokens, splits[name], content) for name, content in contents.items()},
         parts=[part.info for part in parts],

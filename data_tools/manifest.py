@@ -5,15 +5,17 @@ import json
 import re
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from data_tools.errors import UserError
 from data_tools.files import write_published
+from data_tools.recipe import Recipe
 
 FORMAT = "pmc-llama corpus"
-VERSION = 1
+VERSION = 2
 DTYPES = ("uint16", "int32")
-PART_FILES = ("bin", "idx", "documents.parquet")
+PART_FILES = ("bin", "idx", "documents.parquet", "rejected.jsonl")
 """Suffixes of the files of a part."""
 _PART_NAME = re.compile(r"part-\d{5,}")
 
@@ -27,15 +29,6 @@ class TokenizerInfo:
     bos: int
     eos: int
     unk: int
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a build was asked for, and the version of the rules that turn a paper into text."""
-
-    text_rules: int
-    require_pmc_id: bool
-    heldout: float
 
 
 @dataclass(frozen=True)
@@ -92,7 +85,8 @@ class Manifest:
 
     tokenizer: TokenizerInfo
     dtype: str
-    options: Options
+    rules_version: int
+    recipe: Recipe
     counts: Counts
     splits: dict[str, SplitInfo]
     parts: list[PartInfo]
@@ -180,6 +174,10 @@ def _from_json(kind: Any, value: Any, name: str) -> Any:
         if not isinstance(value, dict) or value.keys() != hints.keys():
             raise ValueError(f"{name} has to be an object with the keys {', '.join(hints)}")
         return kind(**{key: _from_json(hint, value[key], f"{name}.{key}") for key, hint in hints.items()})
+    if kind is Any:
+        return value
+    if isinstance(kind, UnionType):  # a type or none
+        return None if value is None else _from_json(get_args(kind)[0], value, name)
     container = get_origin(kind)
     if container is dict and isinstance(value, dict):
         return {key: _from_json(get_args(kind)[1], item, f"{name}.{key}") for key, item in value.items()}

@@ -2,21 +2,10 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
 
-Reason = Literal[
-    "broken_json",
-    "broken_xml",
-    "wrong_structure",
-    "no_pmc_id",
-    "no_text",
-    "retracted",
-    "duplicate_pmc_id",
-    "duplicate_doi",
-    "duplicate_text",
-]
-"""Why a record is not in the corpus. The first three are found by readers, the next two on selection, the
-others when the whole corpus is known."""
+BAD_RECORDS = frozenset({"broken_json", "broken_xml", "wrong_structure", "missing_pair", "broken_archive"})
+"""Reasons that only readers give: the record is damaged or not of the documented form. Beyond a stated share
+of these a build fails; records that selection or a rule leaves out are not among them."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +33,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Paper:
-    """One paper. Texts are as the source has them, less markup and numeric citation markers.
+    """One paper, book or other document. Texts are as the source has them, less markup and numeric citations.
 
-    `pmc_id` is normalized (`normalize_pmc_id`); `retracted` also holds for the notice of a retraction.
+    Attributes:
+        pmc_id: normalized (`normalize_pmc_id`).
+        retracted: also holds for the notice of a retraction.
+        retracts: PMC ids and DOIs (normalized) of the papers that this one, a notice, retracts.
+        plain: the text came as text: one block, whose line breaks mean something.
     """
 
     source: Source
@@ -59,13 +52,17 @@ class Paper:
     sections: tuple[Block, ...]
     license: str | None
     retracted: bool
+    year: int | None = None
+    journal: str | None = None
+    retracts: tuple[str, ...] = ()
+    plain: bool = False
 
 
 @dataclass(frozen=True)
 class Rejected:
     """A record that is no usable paper: the counted reason, where it stands, and what was found there."""
 
-    reason: Reason
+    reason: str
     source: Source
     detail: str = ""
 

@@ -2,12 +2,11 @@
 
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_tools.clean import normalize_text, training_text
 from data_tools.documents import DocumentTable, row
 from data_tools.errors import UserError
 from data_tools.files import checksum, locked, write_published
@@ -16,13 +15,19 @@ from data_tools.manifest import (
     Counts,
     FileInfo,
     Inputs,
-    Options,
     PartInfo,
     counts_from_json,
     part_from_json,
     to_json,
 )
+from data_tools.measures import Measurer
 from data_tools.papers import Paper, Rejected
+from data_tools.recipe import Recipe
+from data_tools.rejected import RejectedFile
+from data_tools.render import training_text
+from data_tools.rules import RULES_VERSION, apply, chain
+from data_tools.rules.base import Dropped, Rule
+from data_tools.rules.normalize import normalize_text
 from data_tools.token_files import TokenFileWriter
 from data_tools.tokenizer import Tokenizer
 from data_tools.workers import Report
@@ -41,7 +46,7 @@ class PartTask:
         files: its input.
         directory: the `parts` directory.
         tokenizer: path of the SentencePiece model.
-        options: of the build.
+        recipe: of the corpus.
         fixed: the corpus is finished, so the input must be what the part was made from.
     """
 
@@ -49,7 +54,7 @@ class PartTask:
     files: tuple[InputFile, ...]
     directory: Path
     tokenizer: Path
-    options: Options
+    recipe: Recipe
     fixed: bool
 
 
@@ -72,7 +77,7 @@ def make_part(task: PartTask, report: Report) -> Part:
     """
     tokenizer = Tokenizer(task.tokenizer)
     inputs = describe(task.files)
-    made_with = _made_with(task.options, tokenizer)
+    made_with = _made_with(task.recipe, tokenizer)
     # A build that takes over from a killed one waits for this lock, so no two ever write a part.
     with locked(task.directory, fcntl.LOCK_SH):
         found = _find(task, made_with, inputs)
@@ -99,7 +104,7 @@ def _find(task: PartTask, made_with: dict[str, Any], inputs: Inputs) -> Part | N
         return None
     if found_with != made_with:
         raise UserError(
-            f"{task.directory} holds parts made with another tokenizer or other options; "
+            f"{task.directory} holds parts made with another tokenizer or another recipe; "
             "build into another directory."
         )
     if found.info.inputs == inputs:
@@ -137,23 +142,31 @@ def add_counts(counts: list[Counts]) -> Counts:
 def _write(task: PartTask, tokenizer: Tokenizer, inputs: Inputs, report: Report) -> Part:
     prefix = task.directory / task.name
     table_path = task.directory / f"{task.name}.documents.parquet"
+    rejected_path = task.directory / f"{task.name}.rejected.jsonl"
+    rules, measure = chain(task.recipe.rules), Measurer(task.recipe.measures)
     counts, read, kept = Counts(), 0, 0
-    with TokenFileWriter(prefix, tokenizer.dtype) as tokens, DocumentTable(table_path) as table:
+    with (
+        TokenFileWriter(prefix, tokenizer.dtype) as tokens,
+        DocumentTable(table_path) as table,
+        RejectedFile(rejected_path) as set_aside,
+    ):
         for record in _records(task.files, report):
             read += 1
-            selected = _select(record, task.options)
+            selected = _select(record, task.recipe, rules)
             if isinstance(selected, Rejected):
                 _leave_out(counts, selected)
+                set_aside.add(selected)
                 continue
             paper, text = selected
             ids = tokenizer.encode_document(text)
             tokens.add(ids)
-            table.add(row(paper, text, len(ids)))
+            table.add(row(paper, text, len(ids), measure(text)))
             kept += 1
     files = {
         "bin": FileInfo(tokens.tokens * tokenizer.dtype.itemsize, tokens.bin_checksum),
         "idx": FileInfo(Path(f"{prefix}.idx").stat().st_size, tokens.idx_checksum),
         "documents.parquet": FileInfo(table_path.stat().st_size, checksum(table_path)),
+        "rejected.jsonl": FileInfo(rejected_path.stat().st_size, checksum(rejected_path)),
     }
     info = PartInfo(task.name, kept, tokens.tokens, inputs, files)
     return Part(info, replace(counts, read=read, kept=kept))
@@ -173,13 +186,16 @@ def _records(files: tuple[InputFile, ...], report: Report) -> Iterator[Paper | R
         consumed += file.bytes
 
 
-def _select(record: Paper | Rejected, options: Options) -> tuple[Paper, str] | Rejected:
+def _select(record: Paper | Rejected, recipe: Recipe, rules: Sequence[Rule]) -> tuple[Paper, str] | Rejected:
     if isinstance(record, Rejected):
         return record
-    if options.require_pmc_id and record.pmc_id is None:
+    if recipe.require_pmc_id and record.pmc_id is None:
         return Rejected("no_pmc_id", record.source)
-    text = training_text(record)
-    return (record, text) if text else Rejected("no_text", record.source)
+    paper = apply(rules, record)
+    if isinstance(paper, Dropped):
+        return Rejected(paper.reason, record.source, paper.detail)
+    text = training_text(paper)
+    return (paper, text) if text else Rejected("no_text", record.source)
 
 
 def _leave_out(counts: Counts, rejected: Rejected) -> None:
@@ -191,11 +207,13 @@ def _leave_out(counts: Counts, rejected: Rejected) -> None:
         examples.append(f"{rejected.source} {detail}".rstrip())
 
 
-def _made_with(options: Options, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a part depends on besides its input; the held-out share is decided later and not among it."""
+def _made_with(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a part depends on besides its input; what is decided later is not among it."""
     return {
-        "text_rules": options.text_rules,
-        "require_pmc_id": options.require_pmc_id,
+        "rules_version": RULES_VERSION,
+        "require_pmc_id": recipe.require_pmc_id,
+        "rules": recipe.rules,
+        "measures": asdict(recipe.measures),
         "tokenizer": tokenizer.sha256,
     }
 

@@ -8,8 +8,7 @@ import sentencepiece
 from hypothesis import settings
 
 from data_tools.build import build
-from data_tools.clean import TEXT_RULES
-from data_tools.manifest import Options
+from data_tools.recipe import Decisions, Recipe
 from tests.data_tools.sources import prose, simple_article, simple_record, write_jsonl
 
 settings.register_profile("untimed", deadline=None)  # machines differ
@@ -48,7 +47,13 @@ def tiny_corpus(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) 
     for number in range(20):
         (papers / f"PMC{5000 + number}.xml").write_text(simple_article(number, words=20 + 9 * number))
     directory = tmp_path_factory.mktemp("corpora") / "tiny"
-    build([papers], tiny_tokenizer, directory, Options(TEXT_RULES, True, 0.1), workers=1)
+    build(
+        [papers],
+        tiny_tokenizer,
+        directory,
+        Recipe(decisions=Decisions(heldout=0.1)),
+        workers=1,
+    )
     return directory
 
 

@@ -7,6 +7,11 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
+from data_tools.papers import Paper
+from data_tools.recipe import Recipe
+from data_tools.render import training_text
+from data_tools.rules import apply, chain
+
 WORDS = """
 patients cells protein expression treatment analysis receptor tissue response clinical gene therapy serum
 plasma infection immune tumour cohort baseline dose randomized placebo insulin glucose cardiac renal hepatic
@@ -126,3 +131,10 @@ def write_jsonl(path: Path, records: Sequence[object]) -> Path:
     """A JSON Lines file."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+def cleaned_text(paper: Paper) -> str:
+    """The training text of a paper under the rules that a build applies unless told otherwise."""
+    cleaned = apply(chain(Recipe().rules), paper)
+    assert isinstance(cleaned, Paper)
+    return training_text(cleaned)

@@ -17,21 +17,21 @@ import pytest
 import sentencepiece
 
 from data_tools.build import build
-from data_tools.clean import TEXT_RULES, training_text
 from data_tools.corpus import Corpus
 from data_tools.documents import read_documents
 from data_tools.errors import UserError
 from data_tools.files import locked
 from data_tools.finalize import table_path
 from data_tools.inputs import InputFile, find_inputs, shards
-from data_tools.manifest import Manifest, Options
+from data_tools.manifest import Manifest
 from data_tools.papers import Paper
 from data_tools.readers import reader_for
+from data_tools.recipe import Decisions, Recipe
 from data_tools.token_files import TokenFile
 from data_tools.verify import verify
-from tests.data_tools.sources import simple_article, simple_record, write_jsonl
+from tests.data_tools.sources import cleaned_text, simple_article, simple_record, write_jsonl
 
-OPTIONS = Options(TEXT_RULES, require_pmc_id=True, heldout=0.1)
+OPTIONS = Recipe(decisions=Decisions(heldout=0.1))
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -113,7 +113,7 @@ def test_every_record_is_kept_or_counted(papers: Path, tiny_tokenizer: Path, tmp
 
 def test_papers_without_pmc_id_are_kept_when_asked(tiny_tokenizer: Path, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "x.jsonl", [simple_record(n, pmc_id=None) for n in range(3)])
-    options = Options(TEXT_RULES, require_pmc_id=False, heldout=0)
+    options = Recipe(require_pmc_id=False, decisions=Decisions(heldout=0))
     manifest = build([source], tiny_tokenizer, tmp_path / "corpus", options, workers=1)
     assert (manifest.counts.kept, manifest.splits["heldout"].documents) == (3, 0)
     corpus = Corpus.open(tmp_path / "corpus")
@@ -137,7 +137,7 @@ def assert_corpus_is(inputs: list[Path], tokenizer: Path, directory: Path) -> No
             found = [
                 paper for paper in reader.read(stream, file.name) if isinstance(paper, Paper) and paper.pmc_id
             ]
-        expected += [(paper.pmc_id, processor.encode(training_text(paper))) for paper in found]
+        expected += [(paper.pmc_id, processor.encode(cleaned_text(paper))) for paper in found]
     corpus = Corpus.open(directory)
     names = [part.name for part in corpus.manifest.parts]
     ids = read_documents([table_path(directory, name) for name in names], ["pmc_id"])["pmc_id"].to_pylist()
@@ -254,8 +254,14 @@ def test_a_finished_corpus_is_never_overwritten_by_another(
 ) -> None:
     make(papers, tiny_tokenizer, tmp_path / "corpus")
     first = contents(tmp_path / "corpus")
-    with pytest.raises(UserError, match="differs in options"):
-        build([papers], tiny_tokenizer, tmp_path / "corpus", Options(TEXT_RULES, True, 0.5), 1)
+    with pytest.raises(UserError, match="differs in recipe"):
+        build(
+            [papers],
+            tiny_tokenizer,
+            tmp_path / "corpus",
+            Recipe(decisions=Decisions(heldout=0.5)),
+            1,
+        )
     shorter = write_jsonl(papers / "s2.jsonl", [simple_record(1)])
     with pytest.raises(UserError, match="differs in input"):
         make(papers, tiny_tokenizer, tmp_path / "corpus")
@@ -278,10 +284,22 @@ def test_parts_of_another_tokenizer_or_selection_are_not_continued(
 ) -> None:
     make(papers, tiny_tokenizer, tmp_path / "corpus")
     (tmp_path / "corpus" / "corpus.json").unlink()
-    with pytest.raises(UserError, match="another tokenizer or other options"):
-        build([papers], tiny_tokenizer, tmp_path / "corpus", Options(TEXT_RULES, False, 0.1), 1)
+    with pytest.raises(UserError, match="another tokenizer or another recipe"):
+        build(
+            [papers],
+            tiny_tokenizer,
+            tmp_path / "corpus",
+            Recipe(require_pmc_id=False, decisions=Decisions(heldout=0.1)),
+            1,
+        )
     # Another share held out needs no part anew.
-    manifest = build([papers], tiny_tokenizer, tmp_path / "corpus", Options(TEXT_RULES, True, 0.5), 1)
+    manifest = build(
+        [papers],
+        tiny_tokenizer,
+        tmp_path / "corpus",
+        Recipe(decisions=Decisions(heldout=0.5)),
+        1,
+    )
     assert manifest.splits["heldout"].documents > 10
 
 

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.clean import normalize_text, training_text
 from data_tools.papers import Block, Paper, Source
 from data_tools.readers.citations import close_gaps
+from data_tools.rules.normalize import normalize_text
+from tests.data_tools.sources import cleaned_text
 
 TEXTS = st.text(alphabet=st.characters(), max_size=60)
 BLOCKS = st.lists(st.builds(Block, TEXTS, st.integers(0, 8)), max_size=8)
@@ -17,14 +18,14 @@ def paper(title: str = "T", abstract: tuple[str, ...] = (), sections: tuple[Bloc
 
 
 def test_the_format_is_headings_and_paragraphs_with_empty_lines_between() -> None:
-    text = training_text(
+    text = cleaned_text(
         paper("Title", ("One.", "Two."), (Block("Methods", 1), Block("a"), Block("Sub", 2), Block("b")))
     )
     assert text == "# Title\n\n## Abstract\n\nOne.\n\nTwo.\n\n## Methods\n\na\n\n### Sub\n\nb"
 
 
 def test_a_title_alone_is_no_text() -> None:
-    assert training_text(paper("Title", ("  ",), (Block("Methods", 1), Block(" \n")))) == ""
+    assert cleaned_text(paper("Title", ("  ",), (Block("Methods", 1), Block(" \n")))) == ""
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_sections_of_names_and_references_are_dropped_up_to_the_next_of_their_de
         Block("B", 2),
         Block("b"),
     )
-    text = training_text(paper(sections=sections))
+    text = cleaned_text(paper(sections=sections))
     assert text == "# T\n\n## A\n\na\n\n### B\n\nb"
 
 
@@ -59,12 +60,12 @@ def test_sections_of_names_and_references_are_dropped_up_to_the_next_of_their_de
     ["Funding of trials", "Reference values in infants", "References to prior work", "Mixture", "Civil law"],
 )
 def test_headings_that_only_begin_like_them_are_kept(heading: str) -> None:
-    assert training_text(paper(sections=(Block(heading, 1), Block("kept")))) == f"# T\n\n## {heading}\n\nkept"
+    assert cleaned_text(paper(sections=(Block(heading, 1), Block("kept")))) == f"# T\n\n## {heading}\n\nkept"
 
 
 def test_a_heading_that_nothing_follows_is_dropped() -> None:
     sections = (Block("A", 1), Block("a"), Block("B", 1), Block("C", 2))
-    assert training_text(paper(sections=sections)) == "# T\n\n## A\n\na"
+    assert cleaned_text(paper(sections=sections)) == "# T\n\n## A\n\na"
 
 
 def test_unicode_stays_controls_go_surrogates_are_replaced() -> None:
@@ -78,7 +79,7 @@ def test_unicode_stays_controls_go_surrogates_are_replaced() -> None:
 def test_any_paper_gives_encodable_text_of_single_lines(
     title: str, abstract: list[str], sections: list[Block]
 ) -> None:
-    text = training_text(paper(title, tuple(abstract), tuple(sections)))
+    text = cleaned_text(paper(title, tuple(abstract), tuple(sections)))
     text.encode()
     lines = text.split("\n\n")
     assert all(line == " ".join(line.split()) for line in lines)

@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 from sentencepiece import sentencepiece_model_pb2
 
 from data_tools.build import build
-from data_tools.clean import TEXT_RULES
 from data_tools.corpus import Corpus, Split
 from data_tools.documents import read_documents
 from data_tools.errors import UserError
-from data_tools.manifest import Options
+from data_tools.recipe import Decisions, Recipe
 from data_tools.token_files import TokenFile
 from tests.data_tools.sources import simple_record, write_jsonl
 
@@ -254,7 +253,7 @@ def test_the_fingerprint_changes_with_a_token_a_decision_and_the_tokenizer(
 ) -> None:
     def fingerprint(records: list[object], name: str, tokenizer: Path = tiny_tokenizer) -> str:
         source = write_jsonl(tmp_path / "papers.jsonl", records)
-        options = Options(TEXT_RULES, require_pmc_id=True, heldout=0.0)
+        options = Recipe(decisions=Decisions(heldout=0.0))
         build([source], tokenizer, tmp_path / name, options, workers=1)
         return Corpus.open(tmp_path / name).fingerprint
 

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.clean import training_text
 from data_tools.papers import Block, Paper, Rejected
 from data_tools.readers import jats
-from tests.data_tools.sources import jats_article
+from tests.data_tools.sources import cleaned_text, jats_article
 
 
 def read(xml: str | bytes) -> list[Paper | Rejected]:
@@ -55,7 +54,7 @@ def test_the_ids_of_references_and_sub_articles_are_not_the_papers() -> None:
     )
     paper = read_paper(xml)
     assert (paper.pmc_id, paper.doi, paper.pubmed_id) == (None, "10.1/x", "5")
-    assert "Reply" not in training_text(paper)
+    assert "Reply" not in cleaned_text(paper)
 
 
 def test_nested_sections_keep_their_order_and_depth() -> None:
@@ -76,7 +75,7 @@ def test_nested_sections_keep_their_order_and_depth() -> None:
 
 
 def test_authors_affiliations_running_heads_references_and_thanks_stay_out() -> None:
-    text = training_text(read_paper(jats_article()))
+    text = cleaned_text(read_paper(jats_article()))
     assert text == "# A title\n\n## Abstract\n\nAn abstract.\n\n## Methods\n\nWe measured."
 
 
@@ -308,7 +307,7 @@ def test_several_articles_in_a_file_are_several_papers_with_or_without_namespace
     inner = article.replace("<article ", '<article xmlns="https://jats.nlm.nih.gov/ns/archiving/1.3/" ')
     found = read(f"<pmc-articleset>{article}{inner}</pmc-articleset>")
     assert [str(paper.source) for paper in found] == ["x.xml:1", "x.xml:2"]
-    texts = {training_text(paper) for paper in found if isinstance(paper, Paper)}
+    texts = {cleaned_text(paper) for paper in found if isinstance(paper, Paper)}
     assert len(texts) == 1
     assert "We measured." in texts.pop()
 
@@ -323,7 +322,7 @@ def test_entities_are_characters_or_nothing_and_never_expanded(
     )
     xml = jats_article(body="<p>x &b;&s; y &#945;</p>")
     before, _, after = xml.partition("<!DOCTYPE")
-    text = training_text(read_paper(before + doctype + after.partition('dtd">')[2]))
+    text = cleaned_text(read_paper(before + doctype + after.partition('dtd">')[2]))
     assert text.endswith("x y \N{GREEK SMALL LETTER ALPHA}")
     external = jats_article(body="<p>&beta;-cells &nonesuch;</p>")
-    assert training_text(read_paper(external)).endswith("β-cells")
+    assert cleaned_text(read_paper(external)).endswith("β-cells")

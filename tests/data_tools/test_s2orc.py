@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from data_tools.clean import training_text
 from data_tools.errors import UserError
 from data_tools.papers import Block, Paper, Rejected
 from data_tools.readers import s2orc
-from tests.data_tools.sources import S2orcText, s2orc_record, simple_record
+from tests.data_tools.sources import S2orcText, cleaned_text, s2orc_record, simple_record
 
 
 def read(*lines: bytes | str | object) -> list[Paper | Rejected]:
@@ -113,7 +112,7 @@ def test_numeric_citations_go_with_their_brackets_and_author_years_stay() -> Non
         for marker in ("1", "2", "(3)", "Lovelace (1843)", "[4]")
     ]
     paper = read_paper(s2orc_record(body, "1"))
-    assert training_text(paper) == "Shown before and; see Lovelace (1843). Late."
+    assert cleaned_text(paper) == "Shown before and; see Lovelace (1843). Late."
 
 
 def test_running_heads_taken_for_paragraphs_stay_out() -> None:
@@ -186,7 +185,7 @@ def test_a_field_of_the_wrong_type_is_wrong_structure(path: list[str], value: ob
     ],
 )
 def test_a_record_with_empty_content_is_a_paper_without_text(empty: dict[str, object]) -> None:
-    assert training_text(read_paper({**{"corpusid": 1, "externalids": None}, **empty})) == ""
+    assert cleaned_text(read_paper({**{"corpusid": 1, "externalids": None}, **empty})) == ""
 
 
 @pytest.mark.parametrize(
@@ -212,14 +211,14 @@ def test_a_year_alone_is_half_of_an_author_year_citation_and_stays() -> None:
         for marker in ("1843", "1842a", "[13]")
     ]
     paper = read_paper(s2orc_record(body, "1"))
-    assert training_text(paper) == "Lovelace (1843) and Menabrea (1842a; 1842) but not these here."
+    assert cleaned_text(paper) == "Lovelace (1843) and Menabrea (1842a; 1842) but not these here."
 
 
 def test_a_long_run_of_spaces_takes_no_long_time() -> None:
     text = "a [1]" + " " * 300_000 + "b" + ", ; " * 75_000 + "c"
     body = S2orcText().add(text, "paragraph").add(" " * 300_000 + "x", "paragraph")
     body.spans["bibref"] = [{"start": 4, "end": 5}]
-    assert training_text(read_paper(s2orc_record(body, "1"))).startswith("a b,")
+    assert cleaned_text(read_paper(s2orc_record(body, "1"))).startswith("a b,")
 
 
 @pytest.mark.parametrize("value", [True, "abc", 10**30, -1, 1.5, None, {}])

@@ -20,9 +20,8 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from data_tools.build import build
-from data_tools.clean import TEXT_RULES
 from data_tools.corpus import Corpus
-from data_tools.manifest import Options
+from data_tools.recipe import Decisions, Recipe
 from pmc_llama import cli
 from tests.data_tools.sources import simple_record, write_jsonl
 from tests.pmc_llama.small import odd_config
@@ -374,7 +373,13 @@ def test_a_run_is_not_resumed_on_another_corpus(
 ) -> None:
     write_jsonl(tmp_path / "papers.jsonl", [simple_record(number, words=60) for number in range(12)])
     other = tmp_path / "corpus"
-    build([tmp_path / "papers.jsonl"], tiny_tokenizer, other, Options(TEXT_RULES, True, 0.1), workers=1)
+    build(
+        [tmp_path / "papers.jsonl"],
+        tiny_tokenizer,
+        other,
+        Recipe(decisions=Decisions(heldout=0.1)),
+        workers=1,
+    )
     changed = {**options, "--data.corpus": str(other), "--resume": "latest"}
     run = str(uninterrupted / "fsdp")
     assert cli.main(["train", *_arguments(recipe, changed, "--backend", "fsdp", "--output", run)]) == 2
