@@ -3,7 +3,9 @@
 import re
 from dataclasses import dataclass
 
-BAD_RECORDS = frozenset({"broken_json", "broken_xml", "wrong_structure", "missing_pair", "broken_archive"})
+BAD_RECORDS = frozenset(
+    {"broken_json", "broken_xml", "wrong_structure", "missing_pair", "broken_archive", "too_large"}
+)
 """Reasons that only readers give: the record is damaged or not of the documented form. Beyond a stated share
 of these a build fails; records that selection or a rule leaves out are not among them."""
 
@@ -77,6 +79,8 @@ def normalize_pmc_id(value: object) -> str | None:
     Sources write it bare (`9925312`, text or number), with the prefix, and with a version
     (`PMC9925312.1`).
     """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of numbers in which some are missing
     if not isinstance(value, str | int):
         return None
     match = _PMC_ID.fullmatch(str(value).strip())

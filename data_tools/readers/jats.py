@@ -7,7 +7,8 @@ figures, tables, displayed formulas, notes, back matter, floats and sub-articles
 import html
 import re
 from collections.abc import Iterator
-from typing import BinaryIO
+from itertools import count, zip_longest
+from typing import cast
 
 from lxml import etree
 
@@ -21,6 +22,12 @@ from data_tools.papers import (
     title_says_retracted,
 )
 from data_tools.readers.citations import MARK, close_gaps, is_numeric
+from data_tools.readers.fields import year as year_of
+from data_tools.readers.pmc_metadata import from_json
+from data_tools.streams import DamagedFile, InputStream
+
+LARGEST_ARTICLE = 1 << 28
+"""Bytes beyond which a file is no article: the longest has some 30 MB."""
 
 _FLOATS = {
     "fig",
@@ -40,14 +47,27 @@ _SKIPPED = _FLOATS | _FORMULAS | _NOTES | _APPARATUS | {"alt-text", "long-desc"}
 _SECTIONS = {"sec", "boxed-text"}
 _LISTS = {"list", "list-item", "def-list", "def-item", "disp-quote", "verse-group", "verse-line"}
 _PARAGRAPHS = _SECTIONS | _LISTS | {"p", "title", "abstract", "statement", "speech", "preformat", "code"}
+_MATHEMATICS = frozenset({"msup", "msubsup", "mfrac", "msqrt", "mroot", "mmultiscripts"})
+# How running text goes on at an element; those not named here are looked into.
+_TREATMENTS: dict[object, str] = {
+    **dict.fromkeys(_PARAGRAPHS, "paragraph"),
+    **dict.fromkeys(_SKIPPED, "skip"),
+    **dict.fromkeys(_MATHEMATICS, "formula"),
+    "xref": "reference",
+    "sup": "superscript",
+    "break": "space",
+    etree.Entity: "entity",
+}
 # The article-types of a retracted article and of the notice that says so.
 _RETRACTED_TYPES = frozenset({"retraction", "retracted-article"})
-_MATHEMATICS = frozenset({"msup", "msubsup", "mfrac", "msqrt", "mroot"})
 _YES = frozenset({"yes", "true", "1"})
 # A signed number, or a negative symbol as in 2^-ddCt; the signs are hyphen, en dash and minus in any guise.
+_VERSIONED = re.compile(r"(.*/)(PMC\d+\.\d+)\.n?xml(?:\.gz|\.zst)?", re.DOTALL)
 _POWER = re.compile(r"\s*(?:\+?\d|[\u2010-\u2013\u2212-]\w)")
 _ONE_SYMBOL = re.compile(r"[+\u2010-\u2013\u2212-]?(?:[\w.,]+|\([^()]*\)|.)")
 _CREATIVE_COMMONS = re.compile(r"https?://(?:www\.)?creativecommons\.org/[^\s<>\"')\]]*[^\s<>\"')\].,;]")
+# Elements in a namespace: of MathML, tables, licences, or all of them where the article has a default one.
+_named = etree.XPath("//*[namespace-uri()]")
 # Values of abstract-type for what is no abstract; the attribute also marks abstracts by section or language.
 _DIGESTS = frozenset(
     {
@@ -73,7 +93,17 @@ _DIGESTS = frozenset(
 )
 
 
-def read(stream: BinaryIO, name: str) -> Iterator[Paper | Rejected]:
+def companions(path: str) -> tuple[str, ...]:
+    """Where the JSON of an article in PMC's cloud layout is: beside it, or in a directory `metadata`."""
+    match = _VERSIONED.fullmatch(path)
+    if match is None:
+        return ()
+    directory, name = match[1], f"{match[2]}.json"
+    above = directory.rstrip("/").rpartition("/")[0]
+    return (f"{directory}{name}", f"{directory}metadata/{name}", f"{above}/metadata/{name}")
+
+
+def read(stream: InputStream, name: str, companion: InputStream | None = None) -> Iterator[Paper | Rejected]:
     """The articles of a file, or one rejection when it is not well-formed XML.
 
     No entity of the file's own is expanded, no DTD is loaded, nothing is fetched.
@@ -81,8 +111,25 @@ def read(stream: BinaryIO, name: str) -> Iterator[Paper | Rejected]:
     Args:
         stream: the file.
         name: recorded as the source.
+        companion: what PMC says of the article, as JSON.
     """
-    parser = etree.XMLParser(
+    source = Source(name, 1)
+    try:
+        content = stream.read(LARGEST_ARTICLE + 1)
+        stated = companion.read(LARGEST_ARTICLE + 1) if companion else b""
+    except DamagedFile as error:
+        yield Rejected("broken_archive", source, str(error))
+        return
+    if max(len(content), len(stated)) > LARGEST_ARTICLE:
+        yield Rejected("too_large", source, f"it has more than {LARGEST_ARTICLE} bytes")
+        return
+    sources = (Source(name, number) for number in count(1))
+    yield from articles(content, article_parser(), sources, stated if companion else None)
+
+
+def article_parser() -> etree.XMLParser:
+    """A parser that expands no entity of the file's own, loads no DTD and fetches nothing."""
+    return etree.XMLParser(
         resolve_entities=False,
         no_network=True,
         load_dtd=False,
@@ -90,19 +137,37 @@ def read(stream: BinaryIO, name: str) -> Iterator[Paper | Rejected]:
         remove_comments=True,
         remove_pis=True,
     )
+
+
+def articles(
+    content: bytes, parser: etree.XMLParser, sources: Iterator[Source], stated: bytes | None = None
+) -> Iterator[Paper | Rejected]:
+    """The articles of an XML document, or one rejection when it is not well-formed.
+
+    Args:
+        content: the document.
+        parser: from `article_parser`.
+        sources: where each article stands.
+        stated: what PMC says of the article, as JSON.
+    """
     try:
-        # lxml raises OSError for invalid UTF-8 in a file it reads itself, as for a file it cannot read.
-        root = etree.fromstring(stream.read(), parser)
-    except etree.XMLSyntaxError as error:
-        yield Rejected("broken_xml", Source(name, 1), str(error))
+        metadata = from_json(stated) if stated is not None else None
+    except ValueError as error:
+        yield Rejected("broken_json", next(sources), f"the JSON beside the article: {error}")
         return
-    for element in root.iter(etree.Element):
+    try:
+        root = etree.fromstring(content, parser)
+    except etree.XMLSyntaxError as error:
+        yield Rejected("broken_xml", next(sources), str(error))
+        return
+    for element in cast(list[etree._Element], _named(root)):
         element.tag = etree.QName(element).localname
-    articles = [root] if root.tag == "article" else list(root.iter("article"))
-    if not articles:
-        yield Rejected("wrong_structure", Source(name, 1), f"the root is <{root.tag}>, not <article>")
-    for number, article in enumerate(articles, start=1):
-        yield _record(article, Source(name, number))
+    found = [root] if root.tag == "article" else list(root.iter("article"))
+    if not found:
+        yield Rejected("wrong_structure", next(sources), f"the root is <{root.tag}>, not <article>")
+    for article, source in zip(found, sources, strict=False):
+        record = _record(article, source)
+        yield metadata.added_to(record) if metadata and isinstance(record, Paper) else record
 
 
 def _record(article: etree._Element, source: Source) -> Paper | Rejected:
@@ -133,10 +198,41 @@ def _paper(article: etree._Element, source: Source) -> Paper | Rejected:
         sections=tuple(_blocks(body, depth=1)) if body is not None else (),
         license=_license(meta),
         retracted=_is_retracted(article, meta, title),
+        year=_year(meta),
+        journal=_journal(article),
+        retracts=tuple(_retracts(meta)),
     )
 
 
+def _year(meta: etree._Element) -> int | None:
+    """The year of the first publication; the release in PMC is none."""
+    years = (
+        year_of(date.findtext("year"))
+        for date in meta.iterfind("pub-date")
+        if date.get("pub-type") != "pmc-release" and date.get("date-type") != "pmc-release"
+    )
+    return min((year for year in years if year), default=None)
+
+
+def _journal(article: etree._Element) -> str | None:
+    journal = article.find("front/journal-meta")
+    title = next(journal.iter("journal-title"), None) if journal is not None else None
+    return " ".join(_text(title).split()) or None if title is not None else None
+
+
+def _retracts(meta: etree._Element) -> Iterator[str]:
+    """PMC ids and DOIs of the articles that this one, a notice, says are retracted."""
+    for link in meta.iterfind("related-article[@related-article-type='retracted-article']"):
+        address = link.get("{http://www.w3.org/1999/xlink}href")
+        kind = (link.get("ext-link-type") or "").lower()
+        found = normalize_pmc_id(address) if kind in ("pmc", "pmcid") else normalize_doi(address)
+        if found:
+            yield found
+
+
 def _text(element: etree._Element) -> str:
+    if not len(element):
+        return element.text or ""
     return "".join(str(piece) for piece in element.itertext())
 
 
@@ -248,36 +344,40 @@ class _Paragraphs:
     def cut(self) -> None:
         """End the paragraph."""
         text = close_gaps("".join(self._pieces))
-        if text.strip():
+        if text and not text.isspace():
             self.finished.append(text)
         self._pieces.clear()
 
     def add(self, element: etree._Element) -> None:
         """Add an element's text, without its tail."""
-        if isinstance(element, etree._Entity):
-            self._pieces.append(_character(element))
-        elif element.tag in _SKIPPED:
-            return
-        elif element.tag == "xref":
-            self._add_reference(element)
-        elif element.tag in _PARAGRAPHS:
-            self.cut()
-            self._add_content(element)
-            self.cut()
-        elif element.tag == "break":
-            self._pieces.append(" ")
-        elif element.tag == "sup":
-            self._add_superscript(element)
-        elif element.tag in _MATHEMATICS:
-            self._pieces.append(_formula(element))
-        else:
-            self._add_content(element)
+        match _TREATMENTS.get(element.tag):
+            case None:
+                self._add_content(element)
+            case "skip":
+                return
+            case "reference":
+                self._add_reference(element)
+            case "paragraph":
+                self.cut()
+                self._add_content(element)
+                self.cut()
+            case "superscript":
+                self._add_superscript(element)
+            case "formula":
+                self._pieces.append(_formula(element))
+            case "space":
+                self._pieces.append(" ")
+            case "entity":
+                self._pieces.append(_character(element))
 
     def _add_content(self, element: etree._Element) -> None:
-        self._pieces.append(element.text or "")
+        pieces = self._pieces
+        if text := element.text:
+            pieces.append(text)
         for child in element:
             self.add(child)
-            self._pieces.append(child.tail or "")
+            if tail := child.tail:
+                pieces.append(tail)
 
     def _add_reference(self, element: etree._Element) -> None:
         kind = element.get("ref-type")
@@ -309,10 +409,24 @@ def _formula(element: etree._Element) -> str:
             return f"{above}/{below}"
         case "mroot", [base, degree]:
             return f"{base}^(1/{degree})"
+        case "mmultiscripts", [_, *_]:
+            return _scripts(element, parts)
         case "msqrt", _:
             inside = "".join(parts)
             return "\u221a" + (inside if _ONE_SYMBOL.fullmatch(inside) else f"({inside})")
     return "".join(parts)  # not as MathML has it
+
+
+def _scripts(element: etree._Element, parts: list[str]) -> str:
+    """A base with scripts in pairs, lower and upper, first those behind it and then those before it."""
+    kinds = [child.tag for child in element if isinstance(child.tag, str)]
+    behind = kinds.index("mprescripts") if "mprescripts" in kinds else len(kinds)
+    return _pairs(parts[behind + 1 :]) + parts[0] + _pairs(parts[1:behind])
+
+
+def _pairs(scripts: list[str]) -> str:
+    lower, upper = scripts[::2], scripts[1::2]
+    return "".join(f"{low}{_power(high, high)}" for low, high in zip_longest(lower, upper, fillvalue=""))
 
 
 def _power(text: str, in_brackets: str) -> str:

@@ -1,6 +1,8 @@
 """Papers for the tests, written in the formats of their sources."""
 
+import io
 import json
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -138,3 +140,71 @@ def cleaned_text(paper: Paper) -> str:
     cleaned = apply(chain(Recipe().rules), paper)
     assert isinstance(cleaned, Paper)
     return training_text(cleaned)
+
+
+def v2_record(number: int, words: int = 60) -> dict[str, object]:
+    """A record of the API's `s2orc_v2` dataset: `simple_record`'s paper in the other layout."""
+    body = S2orcText().add(prose(number + 1000, 20), "abstract")
+    for section in ("Introduction", "Results"):
+        body.add(section, "section_header").add(prose(number + hash_of(section), words), "paragraph")
+    return {
+        "corpusid": number,
+        "title": f"Paper {number} on {prose(number, 4)}",
+        "authors": [{"name": "Ada Lovelace"}],
+        "openaccessinfo": {
+            "externalids": {"PubMedCentral": 1000 + number, "DOI": None},
+            "license": "CCBY",
+            "status": "GOLD",
+        },
+        "body": {
+            "text": body.text,
+            "annotations": {kind: spans for kind, spans in body.annotations().items() if spans},
+        },
+        "bibliography": {"text": "Lovelace A. Notes upon the memoir. 1843", "annotations": {}},
+    }
+
+
+def parse_2020(number: int, words: int = 60) -> dict[str, object]:
+    """A record of `pdf_parses` of S2ORC 2020, whose abstract is in the metadata alone."""
+    text = f"Shown before [1]. {prose(number, words)}"
+    span = {"start": text.index("[1]"), "end": text.index("[1]") + 3, "text": "[1]", "ref_id": "BIBREF0"}
+    return {
+        "paper_id": str(number),
+        "_pdf_hash": "f" * 40,
+        "abstract": [],
+        "body_text": [
+            {"section": "Results", "text": text, "cite_spans": [span], "ref_spans": []},
+            {"section": "Results", "text": "More.", "cite_spans": [], "ref_spans": []},
+            {"section": "", "text": "Without section.", "cite_spans": [], "ref_spans": []},
+        ],
+        "bib_entries": {"BIBREF0": {"title": "Sketch of the engine"}},
+        "ref_entries": {"FIGREF0": {"text": "A caption", "type": "figure"}},
+    }
+
+
+def metadata_2020(number: int, has_parse: bool = True) -> dict[str, object]:
+    """The record of `metadata` that belongs to `parse_2020`."""
+    return {
+        "paper_id": str(number),
+        "title": f"Paper {number}",
+        "authors": [],
+        "abstract": "Aim: to see. ::: Result: saw.",
+        "year": 2017,
+        "pmc_id": f"PMC{1000 + number}",
+        "pubmed_id": str(number),
+        "doi": f"10.1/{number}",
+        "venue": "V",
+        "journal": "J",
+        "has_pdf_parse": has_parse,
+        "has_pdf_parsed_abstract": False,
+    }
+
+
+def write_archive(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
+    """A tar archive, compressed as its name says, with regular files of any names."""
+    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path

@@ -1,21 +1,21 @@
 """JATS articles become papers: both id styles, nested sections, and nothing of the apparatus around them."""
 
 import tempfile
-from pathlib import Path
 
 import pytest
 
 from data_tools.papers import Block, Paper, Rejected
 from data_tools.readers import jats
+from data_tools.streams import opened
 from tests.data_tools.sources import cleaned_text, jats_article
 
 
 def read(xml: str | bytes) -> list[Paper | Rejected]:
-    """Read from a file on disk, as a build does: lxml treats other streams differently."""
+    """Read from a file on disk, as a build does."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(xml.encode() if isinstance(xml, str) else xml)
         file.flush()
-        with Path(file.name).open("rb") as stream:
+        with opened(file.name) as stream:
             return list(jats.read(stream, "x.xml"))
 
 
@@ -122,6 +122,11 @@ def test_powers_do_not_become_other_numbers() -> None:
         ("<msqrt><mn>2</mn></msqrt>", "\u221a2"),
         ("<mroot><mn>8</mn><mn>3</mn></mroot>", "8^(1/3)"),
         ("<msup><mfrac><mn>1</mn><mn>2</mn></mfrac><mn>3</mn></msup>", "(1/2)^3"),
+        ("<mmultiscripts><mi>X</mi><mi>a</mi><mn>2</mn></mmultiscripts>", "Xa^2"),
+        (
+            "<mmultiscripts><mi>C</mi><none/><mo>+</mo><mprescripts/><mn>6</mn><mn>14</mn></mmultiscripts>",
+            "6^14C+",
+        ),
     ],
 )
 def test_mathml_powers_fractions_and_roots_keep_their_value(formula: str, expected: str) -> None:
@@ -326,3 +331,36 @@ def test_entities_are_characters_or_nothing_and_never_expanded(
     assert text.endswith("x y \N{GREEK SMALL LETTER ALPHA}")
     external = jats_article(body="<p>&beta;-cells &nonesuch;</p>")
     assert cleaned_text(read_paper(external)).endswith("β-cells")
+
+
+@pytest.mark.parametrize(
+    ("meta", "expected"),
+    [
+        ("", None),
+        ('<pub-date pub-type="epub"><day>3</day><year>2012</year></pub-date>', 2012),
+        (
+            '<pub-date date-type="pub"><year>2013</year></pub-date>'
+            '<pub-date pub-type="epub"><year>2012</year>'
+            '</pub-date><pub-date pub-type="pmc-release"><year>2001</year></pub-date>',
+            2012,
+        ),
+        ("<pub-date><year>soon</year></pub-date>", None),
+    ],
+)
+def test_the_year_is_that_of_the_first_publication(meta: str, expected: int | None) -> None:
+    assert read_paper(jats_article(meta=meta)).year == expected
+
+
+def test_the_journal_is_named() -> None:
+    assert read_paper(jats_article()).journal == "J"
+
+
+def test_a_notice_names_what_it_retracts_by_pmc_id_or_doi() -> None:
+    link = '<related-article related-article-type="{}" ext-link-type="{}" xlink:href="{}"/>'
+    meta = (
+        link.format("retracted-article", "doi", "https://doi.org/10.1/x")
+        + link.format("retracted-article", "pmc", "PMC0042.1")
+        + link.format("retracted-article", "pmid", "7")
+        + link.format("corrected-article", "doi", "10.1/y")
+    )
+    assert read_paper(jats_article(meta=meta)).retracts == ("10.1/x", "PMC42")

@@ -6,7 +6,17 @@ from data_tools.papers import normalize_doi, normalize_pmc_id, title_says_retrac
 
 
 @pytest.mark.parametrize(
-    "value", ["9925312", "PMC9925312", "PMC9925312.1", "pmc9925312", " PMC9925312 ", 9925312, "PMC09925312"]
+    "value",
+    [
+        "9925312",
+        "PMC9925312",
+        "PMC9925312.1",
+        "pmc9925312",
+        " PMC9925312 ",
+        9925312,
+        9925312.0,
+        "PMC09925312",
+    ],
 )
 def test_every_spelling_of_a_pmc_id_becomes_one(value: object) -> None:
     assert normalize_pmc_id(value) == "PMC9925312"

@@ -1,19 +1,17 @@
 """S2ORC records become papers; whatever is wrong with one is a counted reason at its line."""
 
 import copy
-import gzip
 import io
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data_tools.errors import UserError
 from data_tools.papers import Block, Paper, Rejected
-from data_tools.readers import s2orc
-from tests.data_tools.sources import S2orcText, cleaned_text, s2orc_record, simple_record
+from data_tools.readers.json_records import read_lines
+from data_tools.streams import InputStream
+from tests.data_tools.sources import S2orcText, cleaned_text, s2orc_record
 
 
 def read(*lines: bytes | str | object) -> list[Paper | Rejected]:
@@ -22,7 +20,7 @@ def read(*lines: bytes | str | object) -> list[Paper | Rejected]:
         line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
         for line in lines
     ]
-    return list(s2orc.read(io.BytesIO(b"\n".join(raw) + b"\n"), "x.jsonl"))
+    return list(read_lines(InputStream(io.BytesIO(b"\n".join(raw) + b"\n"), "x.jsonl"), "x.jsonl"))
 
 
 def read_paper(record: object) -> Paper:
@@ -188,21 +186,6 @@ def test_a_record_with_empty_content_is_a_paper_without_text(empty: dict[str, ob
     assert cleaned_text(read_paper({**{"corpusid": 1, "externalids": None}, **empty})) == ""
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"paper_id": "1", "metadata": {}, "body_text": [{"text": "a"}], "bib_entries": {}},
-        {"paper_id": "1", "pdf_parse": {"body_text": []}, "externalids": {"PubMedCentral": "5"}},
-        {"corpusid": 1, "body": {"text": "a", "annotations": {}}},
-    ],
-)
-def test_other_layouts_of_s2orc_are_wrong_structure(record: object) -> None:
-    (rejected,) = read(record)
-    assert isinstance(rejected, Rejected)
-    assert rejected.reason == "wrong_structure"
-    assert "not the Datasets API's s2orc layout" in rejected.detail
-
-
 def test_a_year_alone_is_half_of_an_author_year_citation_and_stays() -> None:
     text = "Lovelace (1843) and Menabrea (1842a; 1842) but not these [13] here."
     body = S2orcText().add(text, "paragraph")
@@ -226,18 +209,3 @@ def test_an_odd_corpus_id_does_not_lose_the_paper(value: object) -> None:
     record = copy.deepcopy(sample())
     record["corpusid"] = value
     assert read_paper(record).corpus_id is None
-
-
-def test_a_gzip_that_is_cut_or_none_is_an_error_naming_the_file(tmp_path: Path) -> None:
-    whole = gzip.compress(b"\n".join(json.dumps(simple_record(n)).encode() for n in range(50)))
-    for damaged in (
-        whole[: len(whole) // 2],
-        whole[:-3],
-        whole[:100] + b"\0" * 50 + whole[150:],
-        b"plain text",
-        b"",
-    ):
-        with pytest.raises(UserError, match=r"x\.jsonl\.gz is not a readable gzip"):
-            list(s2orc.read(io.BytesIO(damaged), "x.jsonl.gz"))
-    for name in ("x.jsonl.gz", "X.JSONL.GZ"):
-        assert len(list(s2orc.read(io.BytesIO(whole), name))) == 50
