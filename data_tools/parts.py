@@ -2,7 +2,9 @@
 
 import fcntl
 import json
-from collections.abc import Iterator, Sequence
+import math
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 from data_tools.documents import DocumentTable, row
 from data_tools.errors import UserError
 from data_tools.files import checksum, locked, write_published
-from data_tools.inputs import InputFile, describe, known_reader
+from data_tools.inputs import InputFile, describe
 from data_tools.manifest import (
     Counts,
     FileInfo,
@@ -28,6 +30,8 @@ from data_tools.render import training_text
 from data_tools.rules import RULES_VERSION, apply, chain
 from data_tools.rules.base import Dropped, Rule
 from data_tools.rules.normalize import normalize_text
+from data_tools.shards import ShardReader
+from data_tools.streams import is_url
 from data_tools.token_files import TokenFileWriter
 from data_tools.tokenizer import Tokenizer
 from data_tools.workers import Report
@@ -35,6 +39,8 @@ from data_tools.workers import Report
 EXAMPLES = 5
 """How many left-out records of each reason a part and a corpus name."""
 _LONGEST_DETAIL = 200  # characters
+_CHECKED_ONE_IN = 1024
+"""One document in so many, chosen by its text, is compared with sentencepiece, which takes 2% of a build."""
 
 
 @dataclass(frozen=True)
@@ -76,54 +82,89 @@ def make_part(task: PartTask, report: Report) -> Part:
             made in another way.
     """
     tokenizer = Tokenizer(task.tokenizer)
-    inputs = describe(task.files)
-    made_with = _made_with(task.recipe, tokenizer)
     # A build that takes over from a killed one waits for this lock, so no two ever write a part.
     with locked(task.directory, fcntl.LOCK_SH):
-        found = _find(task, made_with, inputs)
+        found = find_part(task, tokenizer)
         if found is not None:
-            report(found.counts.read, inputs.bytes)
+            report(found.counts.read, found.info.inputs.bytes)
             return found
-        try:
-            return _make(task, tokenizer, inputs, made_with, report)
-        except OSError as error:
-            raise UserError(f"{task.directory}/{task.name} cannot be written: {error}.") from error
+        return write_part(task, tokenizer, report)
 
 
-def _find(task: PartTask, made_with: dict[str, Any], inputs: Inputs) -> Part | None:
+def find_part(task: PartTask, tokenizer: Tokenizer, trusted_from: float = math.inf) -> Part | None:
     """The part as it is already there, whole; None when it has to be made.
+
+    Args:
+        task: the part.
+        tokenizer: that of the task, loaded.
+        trusted_from: seconds since the epoch; a record at least as new was written by a process of this very
+            build, so the bytes of the input are not looked at again.
 
     Raises:
         UserError: it was made with another tokenizer or rules, or a finished corpus has it from other input.
     """
     try:
-        content = json.loads(_record_path(task).read_bytes())
+        content = json.loads(record_path(task).read_bytes())
         found = Part(part_from_json(content["part"]), counts_from_json(content["counts"]))
         found_with = content["made_with"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    if found_with != made_with:
+    if found_with != _made_with(task.recipe, tokenizer):
         raise UserError(
             f"{task.directory} holds parts made with another tokenizer or another recipe; "
             "build into another directory."
         )
-    if found.info.inputs == inputs:
+    if _is_input_of(task, found.info.inputs, trusted_from):
         return found if _is_whole(task.directory, found.info) else None
     if task.fixed:
         raise UserError(
-            f"The input {inputs.first} has changed since the corpus {task.directory.parent} was built; "
+            f"The input {task.files[0].name} has changed since the corpus {task.directory.parent} was built; "
             "build into another directory."
         )
     return None
 
 
-def _make(
-    task: PartTask, tokenizer: Tokenizer, inputs: Inputs, made_with: dict[str, Any], report: Report
-) -> Part:
-    _record_path(task).unlink(missing_ok=True)
-    part = _write(task, tokenizer, inputs, report)
-    record = {"made_with": made_with, "part": asdict(part.info), "counts": asdict(part.counts)}
-    write_published(_record_path(task), to_json(record))
+def _is_input_of(task: PartTask, inputs: Inputs, trusted_from: float) -> bool:
+    """Whether a finished part was made from these very files.
+
+    Their bytes are read only where they may have changed since: when the time of a file's last change, which
+    no copying tool can set back, is not before the time of the part's record. A URL tells no such time.
+    """
+    files = task.files
+    if (inputs.first, inputs.files, inputs.bytes) != (files[0].name, len(files), sum(f.bytes for f in files)):
+        return False
+    made = os.stat(record_path(task)).st_mtime_ns
+    if made >= trusted_from * 1e9:
+        return True
+    changes = _last_changes(task)
+    if all(change is not None and change < made for change in changes):
+        return True
+    return describe(files) == inputs
+
+
+def _last_changes(task: PartTask) -> list[int | None]:
+    """When each file of the input last changed, its ctime in nanoseconds; None for a URL."""
+    paths = [part.path for file in task.files for part in file.parts()]
+    return [None if is_url(path) else os.stat(path).st_ctime_ns for path in paths]
+
+
+def write_part(task: PartTask, tokenizer: Tokenizer, report: Report) -> Part:
+    """Make a part, whatever is there.
+
+    Raises:
+        UserError: the input cannot be read, or the part cannot be written.
+    """
+    try:
+        record_path(task).unlink(missing_ok=True)
+        part = _write(task, tokenizer, report)
+        record = {
+            "made_with": _made_with(task.recipe, tokenizer),
+            "part": asdict(part.info),
+            "counts": asdict(part.counts),
+        }
+        write_published(record_path(task), to_json(record))
+    except OSError as error:
+        raise UserError(f"{task.directory}/{task.name} cannot be written: {error}.") from error
     return part
 
 
@@ -139,19 +180,24 @@ def add_counts(counts: list[Counts]) -> Counts:
     return total
 
 
-def _write(task: PartTask, tokenizer: Tokenizer, inputs: Inputs, report: Report) -> Part:
+def _write(task: PartTask, tokenizer: Tokenizer, report: Report) -> Part:
     prefix = task.directory / task.name
     table_path = task.directory / f"{task.name}.documents.parquet"
-    rejected_path = task.directory / f"{task.name}.rejected.jsonl"
+    changed = _last_changes(task)
+    shard = ShardReader(task.files)
     rules, measure = chain(task.recipe.rules), Measurer(task.recipe.measures)
     counts, read, kept = Counts(), 0, 0
+    retracts: list[str] = []
     with (
         TokenFileWriter(prefix, tokenizer.dtype) as tokens,
         DocumentTable(table_path) as table,
-        RejectedFile(rejected_path) as set_aside,
+        RejectedFile(task.directory / f"{task.name}.rejected.jsonl") as set_aside,
     ):
-        for record in _records(task.files, report):
+        for record in shard:
             read += 1
+            report(read, shard.position)
+            if isinstance(record, Paper):
+                retracts += record.retracts
             selected = _select(record, task.recipe, rules)
             if isinstance(selected, Rejected):
                 _leave_out(counts, selected)
@@ -159,31 +205,22 @@ def _write(task: PartTask, tokenizer: Tokenizer, inputs: Inputs, report: Report)
                 continue
             paper, text = selected
             ids = tokenizer.encode_document(text)
+            document = row(paper, text, len(ids), measure(text))
+            if kept == 0 or int.from_bytes(document.text_hash) % _CHECKED_ONE_IN == 0:
+                tokenizer.check(text, ids, paper.source)
             tokens.add(ids)
-            table.add(row(paper, text, len(ids), measure(text)))
+            table.add(document)
             kept += 1
+    if _last_changes(task) != changed:
+        raise UserError(f"The input {task.files[0].name} changed while it was read; run the command again.")
     files = {
         "bin": FileInfo(tokens.tokens * tokenizer.dtype.itemsize, tokens.bin_checksum),
         "idx": FileInfo(Path(f"{prefix}.idx").stat().st_size, tokens.idx_checksum),
         "documents.parquet": FileInfo(table_path.stat().st_size, checksum(table_path)),
-        "rejected.jsonl": FileInfo(rejected_path.stat().st_size, checksum(rejected_path)),
+        "rejected.jsonl": FileInfo(set_aside.bytes, set_aside.checksum),
     }
-    info = PartInfo(task.name, kept, tokens.tokens, inputs, files)
+    info = PartInfo(task.name, kept, tokens.tokens, shard.inputs(), files, retracts)
     return Part(info, replace(counts, read=read, kept=kept))
-
-
-def _records(files: tuple[InputFile, ...], report: Report) -> Iterator[Paper | Rejected]:
-    read, consumed = 0, 0
-    for file in files:
-        try:
-            with open(file.path, "rb") as stream:
-                for record in known_reader(file.name).read(stream, file.name):
-                    yield record
-                    read += 1
-                    report(read, consumed + min(stream.tell(), file.bytes))
-        except OSError as error:
-            raise UserError(f"The input {file.path} cannot be read: {error}.") from error
-        consumed += file.bytes
 
 
 def _select(record: Paper | Rejected, recipe: Recipe, rules: Sequence[Rule]) -> tuple[Paper, str] | Rejected:
@@ -213,12 +250,13 @@ def _made_with(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, Any]:
         "rules_version": RULES_VERSION,
         "require_pmc_id": recipe.require_pmc_id,
         "rules": recipe.rules,
-        "measures": asdict(recipe.measures),
+        "measures": Measurer(recipe.measures).identity,
         "tokenizer": tokenizer.sha256,
     }
 
 
-def _record_path(task: PartTask) -> Path:
+def record_path(task: PartTask) -> Path:
+    """The path of a part's record, without which it is not finished."""
     return task.directory / f"{task.name}.json"
 
 

@@ -20,12 +20,16 @@ class Progress:
         total_bytes: of all files to read.
         records: what they are, in the plural.
         console: where to write; standard error when not given.
+        quiet: what ends within so many seconds leaves no line behind.
     """
 
-    def __init__(self, total_bytes: int, records: str, console: Console | None = None) -> None:
+    def __init__(
+        self, total_bytes: int, records: str, console: Console | None = None, quiet: float = 0.0
+    ) -> None:
         self._console = console or Console(file=sys.stderr)
         self._total = total_bytes
         self._records = records
+        self._quiet = quiet
         self._done: dict[int, tuple[int, int]] = {}
         self._begin = self._last_line = monotonic()
         self._live = Live(console=self._console, transient=True, get_renderable=self._renderable)
@@ -40,7 +44,7 @@ class Progress:
     ) -> None:
         if self._console.is_terminal:
             self._live.stop()
-        if kind is None:
+        if kind is None and monotonic() - self._begin >= self._quiet:
             self._console.print(self.line(), highlight=False, soft_wrap=True)
 
     def report(self, task: int, records: int, size: int) -> None:

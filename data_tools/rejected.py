@@ -5,6 +5,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import xxhash
+
 from data_tools.files import aside, publish
 from data_tools.papers import Rejected
 
@@ -14,20 +16,33 @@ _LONGEST_DETAIL = 200  # characters
 
 
 class RejectedFile:
-    """Writes `NAME.rejected.jsonl` of a part. A context manager, published like a token file."""
+    """Writes `NAME.rejected.jsonl` of a part. A context manager, published like a token file.
+
+    Attributes:
+        bytes: written so far.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._digest = xxhash.xxh3_128()
+        self.bytes = 0
+
+    @property
+    def checksum(self) -> str:
+        """XXH3-128 of what was written, as 32 hex digits."""
+        return self._digest.hexdigest()
 
     def __enter__(self) -> Self:
-        self._file = aside(self._path).open("w", encoding="utf-8")
+        self._file = aside(self._path).open("wb")
         return self
 
     def add(self, rejected: Rejected) -> None:
         """Append a record that is set aside."""
         if rejected.reason not in NOT_LISTED:
-            json.dump(as_json(rejected), self._file)
-            self._file.write("\n")
+            line = json.dumps(as_json(rejected)).encode() + b"\n"
+            self._file.write(line)
+            self._digest.update(line)
+            self.bytes += len(line)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

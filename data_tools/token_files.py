@@ -12,7 +12,8 @@ megatron/core/datasets/indexed_dataset.py, version 1):
     34 + 4N    int64 [N]  byte offset of each sequence in the `.bin`
     34 + 12N   int64 [D]  sequence at which each document begins; the last is N
 
-The `.bin` holds the ids back to back, little-endian, and nothing else.
+A multimodal dataset has an int8 [N] of modes after that; such files are refused. The codes of dtypes are
+those of `DType` in the same module. The `.bin` holds the ids back to back, little-endian, and nothing else.
 """
 
 import os
@@ -34,7 +35,15 @@ from data_tools.tokenizer import Tokens
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
-_CODES: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+_CODES: dict[int, np.dtype[Any]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    8: np.dtype("<u2"),
+}
+_FLOAT_CODES = {6: "float64", 7: "float32"}
 _WRITE_BLOCK = 1 << 20
 _VERIFY_BLOCK = 1 << 22
 
@@ -65,7 +74,6 @@ class TokenFileWriter:
         self._bin = bin_path(prefix)
         self._idx = idx_path(prefix)
         self._dtype = dtype
-        self._code = next(code for code, known in _CODES.items() if known == dtype)
         self._lengths = array("i")
         self._digest = xxhash.xxh3_128()
         self.tokens = 0
@@ -80,7 +88,7 @@ class TokenFileWriter:
         """Append a document: `[tokens]`, of the file's dtype."""
         if tokens.dtype != self._dtype:
             raise TypeError(f"document of {tokens.dtype} in a token file of {self._dtype}")
-        content = tokens.tobytes()
+        content = np.ascontiguousarray(tokens).view(np.uint8).data
         self._file.write(content)
         self._digest.update(content)
         self._lengths.append(len(tokens))
@@ -98,7 +106,7 @@ class TokenFileWriter:
             aside(self._idx).unlink(missing_ok=True)
 
     def _publish(self) -> None:
-        index = self._index()
+        index = index_file(self._dtype, np.frombuffer(self._lengths, dtype=np.int32))
         aside(self._idx).write_bytes(index)
         self.bin_checksum = self._digest.hexdigest()
         self.idx_checksum = xxhash.xxh3_128_hexdigest(index)
@@ -107,14 +115,17 @@ class TokenFileWriter:
         publish(self._bin)
         publish(self._idx)
 
-    def _index(self) -> bytes:
-        lengths = np.frombuffer(self._lengths, dtype=np.int32).astype("<i4")
-        documents = len(lengths)
-        ends = np.cumsum(lengths, dtype="<i8") * self._dtype.itemsize
-        offsets = np.concatenate([np.zeros(1, "<i8"), ends])[:documents]
-        boundaries = np.arange(documents + 1, dtype="<i8")
-        header = _HEADER.pack(_MAGIC, _VERSION, self._code, documents, documents + 1)
-        return header + lengths.tobytes() + offsets.tobytes() + boundaries.tobytes()
+
+def index_file(dtype: np.dtype[Any], lengths: NDArray[np.int32]) -> bytes:
+    """The bytes of the `.idx` of documents of the given lengths, `[documents]`, one a sequence."""
+    lengths = lengths.astype("<i4", copy=False)
+    documents = len(lengths)
+    ends = np.cumsum(lengths, dtype="<i8") * dtype.itemsize
+    offsets = np.concatenate([np.zeros(1, "<i8"), ends])[:documents]
+    boundaries = np.arange(documents + 1, dtype="<i8")
+    code = next(code for code, known in _CODES.items() if known == dtype)
+    header = _HEADER.pack(_MAGIC, _VERSION, code, documents, documents + 1)
+    return header + lengths.tobytes() + offsets.tobytes() + boundaries.tobytes()
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,7 @@ def read_header(prefix: Path) -> Header:
     """Read the header of an `.idx` and check it against the sizes of the two files.
 
     Raises:
-        UserError: a file is missing, is no token file, or is cut short or too long.
+        UserError: a file is missing, is no token file of text, or is cut short or too long.
     """
     index, data = idx_path(prefix), bin_path(prefix)
     try:
@@ -156,24 +167,39 @@ def read_header(prefix: Path) -> Header:
             f"{index} is not a Megatron index: found magic {magic!r} and version {version}, "
             f"expected {_MAGIC!r} and {_VERSION}."
         )
-    if code not in _CODES:
-        raise UserError(f"{index} has dtype code {code}; expected 4 (int32) or 8 (uint16).")
+    dtype = _ids_dtype(index, code)
     expected = _HEADER.size + 12 * sequences + 8 * boundaries
+    if 0 < sequences == idx_bytes - expected:
+        raise UserError(
+            f"{index} is of a multimodal dataset, with a mode for each of {sequences} sequences: found "
+            f"{idx_bytes} bytes, expected {expected}; only text is read here."
+        )
     if boundaries < 1 or idx_bytes != expected:
         raise UserError(
             f"{index} is damaged: found {idx_bytes} bytes, expected {expected} for {sequences} sequences; "
             "build it again."
         )
-    if bin_bytes % _CODES[code].itemsize:
+    if bin_bytes % dtype.itemsize:
         raise UserError(
-            f"{data} is damaged: found {bin_bytes} bytes, expected a multiple of {_CODES[code].itemsize}; "
+            f"{data} is damaged: found {bin_bytes} bytes, expected a multiple of {dtype.itemsize}; "
             "build it again."
         )
-    return Header(_CODES[code], sequences, boundaries - 1, bin_bytes)
+    return Header(dtype, sequences, boundaries - 1, bin_bytes)
+
+
+def _ids_dtype(index: Path, code: int) -> np.dtype[Any]:
+    if code in _FLOAT_CODES:
+        raise UserError(
+            f"{index} is of {_FLOAT_CODES[code]} numbers (dtype code {code}), which are no token ids; "
+            "tokenize into integers."
+        )
+    if code not in _CODES:
+        raise UserError(f"{index} has dtype code {code}; expected one of 1 to 5 or 8, an integer dtype.")
+    return _CODES[code]
 
 
 class TokenFile:
-    """A token file opened for reading: the index memory-mapped, the ids read where they are asked for.
+    """A token file, ours or Megatron's, opened for reading: the index mapped, the ids read where asked for.
 
     Opening costs the same however long the file is. The positions used here are of tokens, from 0.
 
@@ -267,19 +293,10 @@ class TokenFile:
         return np.memmap(self._idx, dtype=dtype, mode="r", offset=offset, shape=(count,))
 
 
-def announce_tokens(descriptor: int, dtype: np.dtype[Any], start: int, stop: int) -> None:
-    """Let the kernel begin to read token positions `start` to `stop` of an open `.bin`, without waiting."""
-    if stop > start:  # a length of 0 would announce the rest of the file
-        size = dtype.itemsize
-        os.posix_fadvise(descriptor, start * size, (stop - start) * size, os.POSIX_FADV_WILLNEED)
-
-
 def read_tokens(descriptor: int, path: Path, dtype: np.dtype[Any], start: int, stop: int) -> Tokens:
     """Read token positions `start` to `stop` of an open `.bin`.
 
-    Positional reads share nothing, so any number of processes may use one descriptor; with a whole batch
-    announced before they are far faster on cold storage than a memory map, which faults in a megabyte for
-    each sample.
+    Positional reads share nothing, so any number of processes may use one descriptor.
 
     Args:
         descriptor: of the open file.

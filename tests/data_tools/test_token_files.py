@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+from data_tools.corpus import Corpus
 from data_tools.errors import UserError
 from data_tools.files import checksum, publish
+from data_tools.merge import merge
 from data_tools.token_files import TokenFile, TokenFileWriter, bin_path, idx_path, read_header
 
 UINT16, INT32 = np.dtype("<u2"), np.dtype("<i4")
@@ -66,6 +68,72 @@ def test_we_read_what_megatron_writes_even_documents_of_several_sequences(
         assert file.header.documents == len(documents)
         for number, sequences in enumerate(documents):
             assert file.document(number).tolist() == [token for sequence in sequences for token in sequence]
+
+
+@pytest.mark.parametrize("theirs", [np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16])
+@given(data=st.data())
+def test_we_read_every_integer_dtype_that_megatron_writes(
+    theirs: type, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    info = np.iinfo(theirs)
+    ids = st.integers(int(info.min), int(info.max))
+    documents = data.draw(st.lists(st.lists(ids, min_size=1, max_size=20), min_size=1, max_size=9))
+    prefix = write_with_megatron(
+        tmp_path_factory.mktemp("file") / "x", [[document] for document in documents], theirs
+    )
+    with TokenFile(prefix) as file:
+        file.verify()
+        assert file.header.dtype == np.dtype(theirs)
+        assert [file.document(number).tolist() for number in range(len(documents))] == documents
+
+
+@pytest.mark.parametrize("theirs", [np.float32, np.float64])
+def test_a_file_of_floats_is_refused(theirs: type, tmp_path: Path) -> None:
+    prefix = write_with_megatron(tmp_path / "x", [[[1, 2]]], theirs)
+    with pytest.raises(UserError, match=r"x\.idx is of float.* no token ids"):
+        TokenFile(prefix)
+
+
+def test_a_multimodal_file_is_refused_as_such(tmp_path: Path) -> None:
+    prefix = tmp_path / "x"
+    builder = IndexedDatasetBuilder(str(bin_path(prefix)), dtype=np.uint16, multimodal=True)
+    for document in ([1, 2], [3], [4, 5, 6]):
+        builder.add_document(torch.tensor(document), [len(document)], [1])
+    builder.finalize(str(idx_path(prefix)))
+    assert IndexedDataset(str(prefix), multimodal=True)[2][1] == 1  # it is one
+    with pytest.raises(UserError, match=r"x\.idx .* multimodal"):
+        TokenFile(prefix)
+
+
+@given(first=st.lists(DOCUMENTS, min_size=1, max_size=4), second=DOCUMENTS)
+def test_we_read_what_megatron_merges_of_its_files_and_ours(
+    first: list[list[list[int]]], second: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    directory = tmp_path_factory.mktemp("merge")
+    theirs = write_with_megatron(directory / "theirs", first)
+    ours = write(directory / "ours", second)
+    merged = directory / "merged"
+    builder = IndexedDatasetBuilder(str(bin_path(merged)), dtype=np.uint16)
+    for prefix in (theirs, ours):
+        builder.add_index(str(prefix))
+    builder.finalize(str(idx_path(merged)))
+    expected = [[id_ for sequence in document for id_ in sequence] for document in first] + second
+    with TokenFile(merged) as file:
+        file.verify()
+        assert [file.document(number).tolist() for number in range(file.header.documents)] == expected
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_our_merge_is_byte_for_byte_what_megatrons_builder_writes_of_its_documents(
+    split: str, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    merge(tiny_corpus, tmp_path / "ours", split)
+    stream = Corpus.open(tiny_corpus).split(split)
+    ranges = list(zip(stream.starts[:-1].tolist(), stream.starts[1:].tolist(), strict=True))
+    documents = [[document.tolist()] for document in stream.read(ranges)]
+    write_with_megatron(tmp_path / "theirs", documents)
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
 
 
 @given(documents=DOCUMENTS, data=st.data())
@@ -160,7 +228,10 @@ def test_a_bin_cut_at_any_byte_or_grown_is_refused_by_name(tmp_path: Path) -> No
     [
         (0, b"X", "not a Megatron index"),
         (9, struct.pack("<Q", 2), "version 2"),
-        (17, b"\x07", "dtype code 7"),
+        (17, b"\x06", "float64 numbers .* no token ids"),
+        (17, b"\x07", "float32 numbers .* no token ids"),
+        (17, b"\x00", "dtype code 0"),
+        (17, b"\x09", "dtype code 9"),
         (18, struct.pack("<Q", 2), "expected"),
         (18, struct.pack("<Q", 2**63), "expected"),
         (26, struct.pack("<Q", 0), "expected"),
