@@ -1,11 +1,14 @@
 """The training text: title, abstract, headings, paragraphs; white space and controls; what is dropped."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools.papers import Block, Paper, Source
 from data_tools.readers.citations import close_gaps
+from data_tools.render import training_text
 from data_tools.rules.normalize import normalize_text
 from tests.data_tools.sources import cleaned_text
 
@@ -38,6 +41,10 @@ def test_a_title_alone_is_no_text() -> None:
         "Funding",
         "Conflicts of Interest",
         "Supplementary Material:",
+        "Authors' information",
+        "Electronic supplementary material",
+        "2.1. Data availability statement",
+        "Declaration of Competing Interest",
     ],
 )
 def test_sections_of_names_and_references_are_dropped_up_to_the_next_of_their_depth(heading: str) -> None:
@@ -68,11 +75,33 @@ def test_a_heading_that_nothing_follows_is_dropped() -> None:
     assert cleaned_text(paper(sections=sections)) == "# T\n\n## A\n\na"
 
 
-def test_unicode_stays_controls_go_surrogates_are_replaced() -> None:
+def test_letters_and_signs_stay_what_has_no_shape_goes_surrogates_are_replaced() -> None:
     assert (
-        normalize_text(" \u03b1\u00a0\t\nβ²\u2009ﬁ \x07\x00x\ud835y\x7f\u200b ")
-        == "\u03b1 β² ﬁ x\ufffdy\u200b"
+        normalize_text(" \u03b1\u00a0\t\nβ²\u2009\x07\x00x\ud835y\x7f\u200b mi\u00ad croscope\ufeff ")
+        == "\u03b1 β² x\ufffdy mi croscope"
     )
+
+
+def test_ligatures_become_letters_and_accents_are_composed_but_no_number_changes() -> None:
+    assert normalize_text("e\ufb03cient \ufb01ndings, Mu\u0308ller") == "efficient findings, M\u00fcller"
+    assert normalize_text("10\u00b2 m \u00bd \u2460") == "10\u00b2 m \u00bd \u2460"
+
+
+def test_the_unicode_form_can_be_left_as_it_is() -> None:
+    assert normalize_text("Mu\u0308ller", "none") == "Mu\u0308ller"
+
+
+@given(TEXTS)
+def test_normalized_text_is_not_changed_again(text: str) -> None:
+    once = normalize_text(text)
+    assert normalize_text(once) == once
+
+
+def test_a_plain_document_keeps_its_lines() -> None:
+    text = "A\u00ad  line\nand\tanother\n\n\n\nparagraph\n"
+    plain = replace(paper(sections=(Block(text),)), title="", plain=True)
+    assert cleaned_text(plain) == "A line\nand another\n\nparagraph"
+    assert training_text(plain) == text
 
 
 @given(title=TEXTS, abstract=st.lists(TEXTS, max_size=3), sections=BLOCKS)

@@ -1,0 +1,98 @@
+"""A paper's text as the rules look at it, made once for all of them."""
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_tools.papers import Paper
+from data_tools.render import training_text
+from data_tools.words import Hashes, hashed_words
+
+Mask = NDArray[np.bool_]
+
+
+class Text:
+    """The text of a paper.
+
+    Attributes:
+        paper: whose text it is.
+        paragraphs: of abstract and body, without headings; of a plain document its lines with text.
+        lengths: of the paragraphs, in characters: int64 `[paragraphs]`.
+        content: the paragraphs in UTF-8, a line feed before each and behind the last: uint8 `[bytes]`.
+        starts: where each begins in `content`: int64 `[paragraphs]`.
+    """
+
+    def __init__(self, paper: Paper) -> None:
+        self.paper = paper
+        self.paragraphs = list(_paragraphs(paper))
+        self.lengths = np.fromiter(map(len, self.paragraphs), np.int64, len(self.paragraphs))
+        lines = [text.encode(errors="replace") for text in self.paragraphs]
+        self.content = np.frombuffer(b"\n".join([b"", *lines, b""]), np.uint8)
+        sizes = np.fromiter(map(len, lines), np.int64, len(lines))
+        self.starts = np.cumsum(sizes + 1) - sizes
+
+    @cached_property
+    def letters(self) -> Mask:
+        """Which bytes of `content` are ASCII letters: `[bytes]`."""
+        lowered = self.content | np.uint8(0x20)
+        letters: Mask = lowered - np.uint8(ord("a")) < 26
+        return letters
+
+    @cached_property
+    def spaces(self) -> Mask:
+        """Which bytes of `content` are spaces: `[bytes]`."""
+        spaces: Mask = self.content == ord(" ")
+        return spaces
+
+    @cached_property
+    def beyond_ascii(self) -> Mask:
+        """Which bytes of `content` begin a character beyond ASCII: `[bytes]`."""
+        beginnings: Mask = self.content >= 0xC0
+        return beginnings
+
+    @property
+    def training_text(self) -> str:
+        """What the paper would be trained on, as it is now."""
+        return training_text(self.paper)
+
+    @cached_property
+    def words(self) -> Hashes:
+        """The words of the training text, hashed (`data_tools.words`): uint64 `[words]`."""
+        return hashed_words(self.training_text)
+
+    def in_paragraphs(self, mask: Mask) -> NDArray[np.int64]:
+        """How many bytes of each paragraph a mask of `content` marks: int64 `[paragraphs]`.
+
+        The line feed behind a paragraph counts with it.
+        """
+        counts: NDArray[np.int64] = np.add.reduceat(mask, self.starts, dtype=np.int64)
+        return counts
+
+
+class _LastText:
+    """The text of the paper that was asked for last, since the rules look at one paper after another."""
+
+    def __init__(self) -> None:
+        self._text: Text | None = None
+
+    def __call__(self, paper: Paper) -> Text:
+        if self._text is None or self._text.paper is not paper:
+            self._text = Text(paper)
+        return self._text
+
+
+text_of = _LastText()
+"""The `Text` of a paper; rules that look at the same paper share it."""
+
+
+def _paragraphs(paper: Paper) -> Iterator[str]:
+    if paper.plain:
+        for block in paper.sections:
+            yield from filter(str.strip, block.text.splitlines())
+        return
+    yield from paper.abstract
+    for block in paper.sections:
+        if not block.depth:
+            yield block.text
