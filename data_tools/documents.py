@@ -13,6 +13,7 @@ import xxhash
 from data_tools.errors import UserError
 from data_tools.files import aside, publish
 from data_tools.measures import Measured
+from data_tools.minhash import SIGNATURE_BYTES
 from data_tools.papers import Paper
 from data_tools.rules.normalize import normalize_text
 
@@ -31,13 +32,16 @@ SCHEMA = pa.schema(
         ("tokens", pa.int32()),
         ("text_bytes", pa.int64()),
         ("text_hash", pa.binary(16)),
-        ("signature", pa.binary()),
+        ("signature", pa.binary(SIGNATURE_BYTES)),
         ("overlaps", pa.list_(pa.int32())),
     ]
 )
-"""`tokens` counts the EOD; `text_hash` is XXH3-128 of the training text in UTF-8, big-endian."""
+"""`tokens` counts the EOD; `text_hash` is XXH3-128 of the training text in UTF-8, big-endian; `signature` is
+that of `minhash.py`; `overlaps` has numbers of test questions."""
 
 _ROWS_A_GROUP = 16_384
+_RANDOM = ("text_hash", "signature")
+"""Columns of random bytes, which neither a dictionary nor compression makes smaller."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,16 @@ def text_hash(text: str) -> bytes:
     return xxhash.xxh3_128_digest(text.encode())
 
 
+def table_writer(path: Path) -> Any:
+    """A `pyarrow.parquet.ParquetWriter` of a table of documents."""
+    return pq.ParquetWriter(
+        path,
+        SCHEMA,
+        use_dictionary=[name for name in SCHEMA.names if name not in _RANDOM],
+        compression={name: "none" if name in _RANDOM else "snappy" for name in SCHEMA.names},
+    )
+
+
 class DocumentTable:
     """Writes a part's table, a row group at a time. A context manager, published like a token file."""
 
@@ -96,7 +110,7 @@ class DocumentTable:
         self._rows: list[Row] = []
 
     def __enter__(self) -> Self:
-        self._writer = pq.ParquetWriter(aside(self._path), SCHEMA)
+        self._writer = table_writer(aside(self._path))
         return self
 
     def add(self, document: Row) -> None:
@@ -131,12 +145,25 @@ def read_documents(paths: Iterable[Path], columns: list[str]) -> Any:
         UserError: a table cannot be read.
     """
     tables = [SCHEMA.empty_table().select(columns)]
-    for path in paths:
-        try:
-            tables.append(pq.read_table(path, columns=columns, schema=SCHEMA))
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path} cannot be read as a table of documents ({error}).") from error
-    return pa.concat_tables(tables)
+    return pa.concat_tables([*tables, *(read_table(path, columns) for path in paths)])
+
+
+def read_table(path: Path, columns: list[str]) -> Any:
+    """Columns of the table of a part, as a `pyarrow.Table`.
+
+    Raises:
+        UserError: the table cannot be read.
+    """
+    try:
+        # Not memory-mapped and without read-ahead: what is read is what is kept.
+        return pq.read_table(path, columns=columns, schema=SCHEMA, pre_buffer=False)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be read as a table of documents ({error}).") from error
+
+
+def table_path(directory: Path, part: str) -> Path:
+    """Path of the table of a part of the corpus in `directory`."""
+    return directory / "parts" / f"{part}.documents.parquet"
 
 
 def _plain(value: str | None) -> str | None:

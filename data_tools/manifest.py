@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -17,6 +18,8 @@ VERSION = 2
 DTYPES = ("uint16", "int32")
 PART_FILES = ("bin", "idx", "documents.parquet", "rejected.jsonl")
 """Suffixes of the files of a part."""
+DECIDED_FILES = ("train.npy", "heldout.npy", "reasons.npy", "questions.parquet")
+"""Files that depend on the decisions."""
 _PART_NAME = re.compile(r"part-\d{5,}")
 
 
@@ -61,18 +64,22 @@ class Counts:
 
 @dataclass(frozen=True)
 class PartInfo:
-    """A part: `files` by suffix (`bin`, `idx`, `documents.parquet`)."""
+    """A part: `files` by suffix, as in `PART_FILES`.
+
+    `retracts` are the PMC ids and DOIs that the notices of retraction among its input name, kept or not.
+    """
 
     name: str
     documents: int
     tokens: int
     inputs: Inputs
     files: dict[str, FileInfo]
+    retracts: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """A split file `NAME.npy` and what it counts."""
+    """What a split counts, and its file, `NAME.npy` among the decided ones (`Manifest.path`)."""
 
     documents: int
     tokens: int
@@ -80,16 +87,49 @@ class SplitInfo:
 
 
 @dataclass(frozen=True)
+class Decision:
+    """What one decision left out, of the documents that those before it had left."""
+
+    reason: str
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """The whole of corpus.json. Nothing in it depends on time, worker count or absolute paths."""
+    """The whole of corpus.json. Nothing in it depends on time, worker count or absolute paths.
+
+    Attributes:
+        recipe: with the checksum of each test set in place of the path of its file.
+        counts: of all records read, with everything that left one out.
+        decisions: in their order; the number of the decision that left a document out, from 1, is its entry
+            in `reasons.npy`, and 0 stands for a document that counts.
+        files: by name: `reasons.npy` (uint8, an entry a document) and `rejected.jsonl`, and
+            `questions.parquet` where test questions were looked for.
+    """
 
     tokenizer: TokenizerInfo
     dtype: str
     rules_version: int
     recipe: Recipe
     counts: Counts
+    decisions: list[Decision]
     splits: dict[str, SplitInfo]
+    files: dict[str, FileInfo]
     parts: list[PartInfo]
+
+    def path(self, directory: Path, name: str) -> Path:
+        """Where a file of the corpus is, such as `train.npy` or `reasons.npy`.
+
+        What depends on the decisions has a part of its checksum in its name: files of other decisions stand
+        beside it, and the renaming of corpus.json passes from the ones to the others in one instant.
+        """
+        if name not in DECIDED_FILES:
+            return directory / name
+        stem, _, suffix = name.partition(".")
+        split = self.splits.get(stem)
+        file = split.file if split else self.files[name]
+        return directory / f"{stem}-{file.checksum[:16]}.{suffix}"
 
     @property
     def fingerprint(self) -> str:
@@ -117,21 +157,31 @@ def read_manifest(directory: Path) -> Manifest:
     Raises:
         UserError: the directory holds no corpus, or its corpus.json is damaged or of another version.
     """
-    path = directory / "corpus.json"
     try:
-        content = json.loads(path.read_bytes())
+        raw = (directory / "corpus.json").read_bytes()
     except OSError as error:
         raise UserError(
             f"{directory} is not a corpus: corpus.json cannot be read ({error.strerror}); "
             "`pmc-data build` makes one."
         ) from error
+    return manifest_from_json(raw, f"{directory}/corpus.json")
+
+
+def manifest_from_json(raw: bytes, path: str) -> Manifest:
+    """The content of a corpus.json; `path` is named in errors.
+
+    Raises:
+        UserError: it is damaged or of another version.
+    """
+    try:
+        content = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: it is not JSON ({error}); build the corpus again.") from error
     if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
         raise UserError(f"{path} is not the description of a corpus of version {VERSION}.")
     try:
         del content["format"], content["version"]
-        manifest: Manifest = _from_json(Manifest, content, "corpus.json")
+        manifest: Manifest = from_json(Manifest, content, "corpus.json")
         _check(manifest)
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}; build the corpus again.") from error
@@ -144,7 +194,7 @@ def part_from_json(content: object) -> PartInfo:
     Raises:
         ValueError: something is missing, unknown or of another type.
     """
-    part: PartInfo = _from_json(PartInfo, content, "part")
+    part: PartInfo = from_json(PartInfo, content, "part")
     return part
 
 
@@ -154,7 +204,7 @@ def counts_from_json(content: object) -> Counts:
     Raises:
         ValueError: something is missing, unknown or of another type.
     """
-    counts: Counts = _from_json(Counts, content, "counts")
+    counts: Counts = from_json(Counts, content, "counts")
     return counts
 
 
@@ -163,31 +213,36 @@ def to_json(content: object) -> bytes:
     return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def _from_json(kind: Any, value: Any, name: str) -> Any:
+def from_json(kind: Any, value: Any, name: str) -> Any:
     """A value of JSON as `kind`: a dataclass, list, dict by name, or plain type.
 
     Raises:
         ValueError: it is not one, named by its path.
     """
     if isinstance(kind, type) and is_dataclass(kind):
-        hints = get_type_hints(kind)
+        hints = _hints(kind)
         if not isinstance(value, dict) or value.keys() != hints.keys():
             raise ValueError(f"{name} has to be an object with the keys {', '.join(hints)}")
-        return kind(**{key: _from_json(hint, value[key], f"{name}.{key}") for key, hint in hints.items()})
+        return kind(**{key: from_json(hint, value[key], f"{name}.{key}") for key, hint in hints.items()})
     if kind is Any:
         return value
     if isinstance(kind, UnionType):  # a type or none
-        return None if value is None else _from_json(get_args(kind)[0], value, name)
+        return None if value is None else from_json(get_args(kind)[0], value, name)
     container = get_origin(kind)
     if container is dict and isinstance(value, dict):
-        return {key: _from_json(get_args(kind)[1], item, f"{name}.{key}") for key, item in value.items()}
+        return {key: from_json(get_args(kind)[1], item, f"{name}.{key}") for key, item in value.items()}
     if container is list and isinstance(value, list):
-        return [_from_json(get_args(kind)[0], item, f"{name}[{i}]") for i, item in enumerate(value)]
+        return [from_json(get_args(kind)[0], item, f"{name}[{i}]") for i, item in enumerate(value)]
     # JSON writes a whole float like an int; a bool is an int to Python only.
     plain = (float, int) if kind is float else (kind,)
     if container is not None or type(value) not in plain:
         raise ValueError(f"{name} is not of type {getattr(container or kind, '__name__', kind)}")
     return value
+
+
+@cache  # a corpus has hundreds of parts
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _check(manifest: Manifest) -> None:
@@ -209,8 +264,16 @@ def _check(manifest: Manifest) -> None:
         (min(numbers, default=0) >= 0, "a part has a negative number of documents or tokens"),
         (all(split.documents >= 0 <= split.tokens for split in splits), "a split has a negative size"),
         (
+            {"reasons.npy", "rejected.jsonl"} <= manifest.files.keys() <= {*DECIDED_FILES, "rejected.jsonl"},
+            "the files are not reasons.npy and rejected.jsonl",
+        ),
+        (
             sum(split.documents for split in splits) == manifest.counts.kept,
             "the documents of the splits are not those kept",
+        ),
+        (
+            manifest.counts.read == manifest.counts.kept + sum(manifest.counts.left_out.values()),
+            "the records kept and left out are not those read",
         ),
         (
             sum(split.tokens for split in splits) <= sum(part.tokens for part in manifest.parts),

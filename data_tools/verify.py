@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.corpus import Corpus, Split
-from data_tools.documents import read_documents, text_hash
+from data_tools.documents import read_documents, table_path, text_hash
 from data_tools.errors import UserError
 from data_tools.files import checksum
-from data_tools.finalize import table_path
 from data_tools.manifest import PART_FILES, FileInfo
 from data_tools.progress import Progress
+from data_tools.splits import read_reasons
 from data_tools.token_files import TokenFile
 from data_tools.tokenizer import Tokenizer, Tokens
 
@@ -48,6 +48,7 @@ def verify(directory: Path) -> Verified:
     _check_files(files)
     for name in corpus.manifest.splits:
         _check_split(corpus.split(name))
+    _check_reasons(corpus)
     sampled = [_check_part(corpus, number, tokenizer) for number in range(len(corpus.manifest.parts))]
     return Verified(
         files=len(files),
@@ -60,7 +61,9 @@ def verify(directory: Path) -> Verified:
 
 
 def _files(corpus: Corpus) -> dict[Path, FileInfo]:
-    found = {corpus.directory / f"{name}.npy": split.file for name, split in corpus.manifest.splits.items()}
+    manifest, directory = corpus.manifest, corpus.directory
+    found = {manifest.path(directory, f"{name}.npy"): split.file for name, split in manifest.splits.items()}
+    found |= {manifest.path(directory, name): file for name, file in manifest.files.items()}
     for part in corpus.manifest.parts:
         for suffix in PART_FILES:
             found[corpus.directory / "parts" / f"{part.name}.{suffix}"] = part.files[suffix]
@@ -88,9 +91,18 @@ def _check_split(split: Split) -> None:
     starts, positions = np.asarray(split.starts), np.asarray(split.positions)
     lengths, room = np.diff(starts), np.diff(positions)
     if starts[0] != 0 or (lengths <= 0).any() or (room < lengths).any():
-        raise UserError(
-            f"{split.corpus.directory}/{split.name}.npy is damaged: its documents overlap or are unordered."
-        )
+        raise UserError(f"{split.path} is damaged: its documents overlap or are unordered.")
+
+
+def _check_reasons(corpus: Corpus) -> None:
+    """Check that the documents without a reason against them are those of the splits."""
+    manifest = corpus.manifest
+    path = manifest.path(corpus.directory, "reasons.npy")
+    reasons = read_reasons(path, sum(part.documents for part in manifest.parts))
+    counted = sum(split.documents for split in manifest.splits.values())
+    found = np.bincount(reasons, minlength=len(manifest.decisions) + 1).tolist()
+    if found != [counted, *(decision.documents for decision in manifest.decisions)]:
+        raise UserError(f"{path} is damaged: its reasons are not those that corpus.json counts.")
 
 
 def _check_part(corpus: Corpus, number: int, tokenizer: Tokenizer) -> tuple[int, int]:
