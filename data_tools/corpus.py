@@ -2,8 +2,7 @@
 
 import hashlib
 import os
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,51 +10,78 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.errors import UserError
-from data_tools.manifest import PART_FILES, FileInfo, Manifest, PartInfo, read_manifest
-from data_tools.token_files import announce_tokens, bin_path, read_header, read_tokens
+from data_tools.manifest import PART_FILES, FileInfo, Manifest, manifest_from_json
+from data_tools.storage import Pieces, Storage, storage
 from data_tools.tokenizer import Tokens
 
-_OPEN_FILES = 256
+Positions = NDArray[np.int64]
+
+_MANIFEST, _TOKENIZER = "corpus.json", "tokenizer.model"
 
 
 class Corpus:
     """A finished corpus. Safe in any number of processes at once; one object serves one thread.
 
     Attributes:
-        directory: where it is.
+        storage: its files.
         manifest: its corpus.json.
         fingerprint: hex; changes with any token, document decision or the tokenizer.
         vocab_size: pieces of the tokenizer.
         eod: id of the token that ends every document.
         dtype: of the token ids, uint16 or int32.
-        tokenizer_path: the SentencePiece model inside the corpus.
         part_starts: int64 `[parts + 1]`, where each part begins in the concatenation of all parts.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
-        self.directory = directory
+    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+        self.storage = storage
         self.manifest = manifest
         self.fingerprint = manifest.fingerprint
         self.vocab_size = manifest.tokenizer.vocab_size
         self.eod = manifest.tokenizer.eos
-        self.dtype: np.dtype[Any] = np.dtype(manifest.dtype)
-        self.tokenizer_path = directory / "tokenizer.model"
+        self.dtype: np.dtype[Any] = np.dtype(manifest.dtype).newbyteorder("<")
         self.part_starts = np.cumsum([0, *(part.tokens for part in manifest.parts)], dtype=np.int64)
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._bins = [f"parts/{part.name}.bin" for part in manifest.parts]
 
     @classmethod
-    def open(cls, directory: str | os.PathLike[str]) -> Self:
-        """Open a corpus, reading headers, sizes and the tokenizer (less than a megabyte) only.
+    def open(cls, location: str | os.PathLike[str]) -> Self:
+        """Open a corpus in a directory or at an fsspec URL such as `s3://bucket/corpus`.
+
+        Reads corpus.json, the size of each file and the tokenizer (less than a megabyte), nothing else.
 
         Raises:
-            UserError: the directory holds no corpus, a file is missing or not of the recorded size, or the
-                tokenizer is not the one that made the ids.
+            UserError: there is no corpus, a file is missing or not of the recorded size, or the tokenizer
+                is not the one that made the ids.
         """
-        path = Path(directory)
-        corpus = cls(path, read_manifest(path))
+        files = storage(location)
+        try:
+            manifest = files.read(_MANIFEST)
+        except UserError as error:
+            raise UserError(
+                f"{files.location} is not a corpus, `pmc-data build` makes one: {error}"
+            ) from error
+        corpus = cls(files, manifest_from_json(manifest, f"{files.location}/{_MANIFEST}"))
         corpus._check_sizes()
         corpus._check_tokenizer()
         return corpus
+
+    @property
+    def location(self) -> str:
+        """Where it is, directory or URL, for people."""
+        return self.storage.location
+
+    @property
+    def directory(self) -> Path:
+        """Where it is on this machine.
+
+        Raises:
+            UserError: it is at a URL.
+        """
+        return self.storage.directory
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The SentencePiece model inside the corpus; of one at a URL, a copy that goes with this object."""
+        return self.storage.path(_TOKENIZER)
 
     def split(self, name: str) -> "Split":
         """The counted documents of `train` or `heldout`.
@@ -65,90 +91,83 @@ class Corpus:
         """
         if name not in self.manifest.splits:
             known = " or ".join(sorted(self.manifest.splits))
-            raise UserError(f"The corpus {self.directory} has no split {name!r}; ask for {known}.")
+            raise UserError(f"The corpus {self.location} has no split {name!r}; ask for {known}.")
         return Split(self, name)
 
     def part_prefix(self, number: int) -> Path:
-        """Path of a part without its suffixes."""
+        """Path of a part without its suffixes.
+
+        Raises:
+            UserError: the corpus is at a URL.
+        """
         return self.directory / "parts" / self.manifest.parts[number].name
 
-    def read(self, ranges: Sequence[tuple[int, int]]) -> list[Tokens]:
-        """Read ranges of the concatenation of all parts, each inside one part.
-
-        All of them are announced to the kernel before the first is read, in whichever part they lie.
+    def read(self, starts: Positions, lengths: Positions) -> Tokens:
+        """Read pieces of the concatenation of all parts, each inside one part, in one go.
 
         Args:
-            ranges: (start, stop) token positions.
+            starts: int64 `[pieces]`, token positions.
+            lengths: int64 `[pieces]`, tokens, each at least 1.
 
         Returns:
-            An array `[stop - start]` of `dtype` for each range.
+            `[sum of lengths]` of `dtype`: the pieces in their order.
 
         Raises:
             UserError: a file cannot be read or is cut short.
         """
-        starts = np.array([start for start, _ in ranges], dtype=np.int64)
-        numbers = np.searchsorted(self.part_starts, starts, side="right") - 1
-        bases = self.part_starts[numbers]
-        order = np.argsort(numbers, kind="stable").tolist()  # each part is opened once
-        places = [
-            (int(numbers[i]), ranges[i][0] - int(bases[i]), ranges[i][1] - int(bases[i])) for i in order
-        ]
-        for number, start, stop in places:
-            announce_tokens(self._descriptor(number), self.dtype, start, stop)
-        pieces = {
-            i: read_tokens(self._descriptor(place[0]), self._bin(place[0]), self.dtype, *place[1:])
-            for i, place in zip(order, places, strict=True)
-        }
-        return [pieces[i] for i in range(len(ranges))]
+        size, ends = self.dtype.itemsize, np.cumsum(lengths)
+        tokens = np.empty(int(ends[-1]) if len(ends) else 0, self.dtype)
+        order = np.argsort(starts, kind="stable")  # a part after another, and front to back in each
+        starts, ends, lengths = starts[order], ends[order], lengths[order]
+        parts = np.searchsorted(self.part_starts, starts, side="right") - 1
+        pieces = Pieces(
+            [self._bins[part] for part in parts.tolist()],
+            ((starts - self.part_starts[parts]) * size).tolist(),
+            ((ends - lengths) * size).tolist(),
+            (ends * size).tolist(),
+        )
+        self.storage.fill(tokens.view(np.uint8).data, pieces)
+        return tokens
 
     def close(self) -> None:
-        """Close the open parts; reading opens them again."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        """Close the open files; reading opens them again."""
+        self.storage.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Open descriptors mean nothing in another process.
-        return Corpus, (self.directory, self.manifest)
+        return Corpus, (self.storage, self.manifest)
 
-    def _bin(self, number: int) -> Path:
-        return bin_path(self.part_prefix(number))
-
-    def _descriptor(self, number: int) -> int:
-        if number not in self._descriptors:
-            if len(self._descriptors) == _OPEN_FILES:
-                os.close(self._descriptors.popitem(last=False)[1])
-            path = self._bin(number)
-            try:
-                self._descriptors[number] = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-        self._descriptors.move_to_end(number)
-        return self._descriptors[number]
+    def _files(self) -> Iterator[tuple[str, FileInfo]]:
+        """Every file of the corpus that corpus.json describes."""
+        here = Path()
+        for part in self.manifest.parts:
+            yield from ((f"parts/{part.name}.{suffix}", part.files[suffix]) for suffix in PART_FILES)
+        for name, split in self.manifest.splits.items():
+            yield str(self.manifest.path(here, f"{name}.npy")), split.file
+        for name, file in self.manifest.files.items():
+            yield str(self.manifest.path(here, name)), file
 
     def _check_sizes(self) -> None:
         for part in self.manifest.parts:
-            for suffix in PART_FILES:
-                check_size(self.directory / "parts" / f"{part.name}.{suffix}", part.files[suffix])
-            self._check_header(part)
-        for name, split in self.manifest.splits.items():
-            check_size(self.directory / f"{name}.npy", split.file)
+            if part.files["bin"].bytes != part.tokens * self.dtype.itemsize:
+                raise UserError(
+                    f"{self.location}/{_MANIFEST} is damaged: {part.name} has {part.tokens} tokens of "
+                    f"{self.dtype.name} in {part.files['bin'].bytes} bytes; build the corpus again."
+                )
+        expected = dict(self._files())
+        found = self.storage.sizes(expected)
+        for name, file in expected.items():
+            if name not in found:
+                raise UserError(f"{self.location}/{name} of the corpus is missing; build the corpus again.")
+            if found[name] != file.bytes:
+                raise UserError(
+                    f"{self.location}/{name} is damaged: found {found[name]} bytes, corpus.json says "
+                    f"{file.bytes}; build the corpus again."
+                )
 
     def _check_tokenizer(self) -> None:
-        try:
-            found = hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest()
-        except OSError as error:
-            raise UserError(f"{self.tokenizer_path} cannot be read: {error.strerror}.") from error
-        if found != self.manifest.tokenizer.sha256:
-            raise UserError(f"{self.tokenizer_path} is damaged: it is not the model that made the ids.")
-
-    def _check_header(self, part: PartInfo) -> None:
-        header = read_header(self.directory / "parts" / part.name)
-        found = (header.dtype, header.documents, header.tokens)
-        expected = (self.dtype, part.documents, part.tokens)
-        if found != expected:
+        if hashlib.sha256(self.storage.read(_TOKENIZER)).hexdigest() != self.manifest.tokenizer.sha256:
             raise UserError(
-                f"{self.directory}/parts/{part.name}.idx does not fit corpus.json: found dtype, documents "
-                f"and tokens {found}, expected {expected}; build the corpus again."
+                f"{self.location}/{_TOKENIZER} is damaged: it is not the model that made the ids."
             )
 
 
@@ -157,12 +176,11 @@ class Split:
 
     Attributes:
         name: `train` or `heldout`.
+        file: name of its file in the corpus, which `splits.split_file` describes.
         documents: how many.
         tokens: in all of them, EODs included.
-        starts: int64 `[documents + 1]`, memory-mapped: where each document begins in the stream; the last
-            is `tokens`.
-        positions: int64 `[documents + 1]`, memory-mapped: where each begins in the concatenation of all
-            parts; the last is the length of that.
+        starts: int64 `[documents + 1]`, memory-mapped, or in memory when the corpus is at a URL: where each
+            document begins in the stream; the last is `tokens`.
     """
 
     def __init__(self, corpus: Corpus, name: str) -> None:
@@ -171,9 +189,27 @@ class Split:
         self.name = name
         self.documents = info.documents
         self.tokens = info.tokens
-        table = _load(corpus.directory / f"{name}.npy", info.documents, info.tokens)
-        self.starts: NDArray[np.int64] = table[:, 0]
-        self.positions: NDArray[np.int64] = table[:, 1]
+        self.file = str(corpus.manifest.path(Path(), f"{name}.npy"))
+        self.starts, self._runs = self._load()
+
+    @property
+    def positions(self) -> Positions:
+        """Where each document begins in the concatenation of all parts, closed by the length of that.
+
+        Computed when asked for: int64 `[documents + 1]`.
+        """
+        begins, places = self._runs[:, 0], self._runs[:, 1]
+        run = np.searchsorted(begins[:-1], self.starts[:-1], side="right") - 1
+        return np.append(self.starts[:-1] + (places - begins)[run], places[-1])
+
+    @property
+    def path(self) -> Path:
+        """Of its file.
+
+        Raises:
+            UserError: the corpus is at a URL.
+        """
+        return self.corpus.directory / self.file
 
     def read(self, ranges: Sequence[tuple[int, int]]) -> list[Tokens]:
         """Read ranges of the stream, across documents and parts, with one read-ahead for all of them.
@@ -182,72 +218,61 @@ class Split:
             ranges: (start, stop) positions in the stream, 0 <= start <= stop <= `tokens`.
 
         Returns:
-            An array `[stop - start]` of the corpus' dtype for each range.
+            An array `[stop - start]` of the corpus' dtype for each range: views of one buffer.
 
         Raises:
             IndexError: a range reaches outside the stream.
             UserError: a file cannot be read or is cut short.
         """
-        runs = [self._runs(start, stop) for start, stop in ranges]
-        pieces = iter(self.corpus.read([run for group in runs for run in group]))
-        return [self._join([next(pieces) for _ in group]) for group in runs]
+        bounds = np.array(ranges, dtype=np.int64).reshape(-1, 2)
+        starts, stops = bounds[:, 0], bounds[:, 1]
+        outside = (starts < 0) | (stops < starts) | (stops > self.tokens)
+        if outside.any():
+            start, stop = bounds[outside][0].tolist()
+            raise IndexError(f"range {start}:{stop} outside a stream of {self.tokens} tokens")
+        tokens = self.corpus.read(*self._pieces(starts, stops))
+        ends = np.cumsum(stops - starts)
+        places = zip((ends - (stops - starts)).tolist(), ends.tolist(), strict=True)
+        return [tokens[begin:end] for begin, end in places]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A memory map would be pickled as a copy of the whole file.
         return Split, (self.corpus, self.name)
 
-    def _runs(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """The range as runs in the concatenation of all parts, neighbours merged within each part."""
-        if not 0 <= start <= stop <= self.tokens:
-            raise IndexError(f"range {start}:{stop} outside a stream of {self.tokens} tokens")
-        if start == stop:
-            return []
-        first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        end = int(np.searchsorted(self.starts, stop, side="left"))
-        begins: NDArray[np.int64] = np.maximum(self.starts[first:end], start)
-        lengths: NDArray[np.int64] = np.diff(np.append(begins, stop))
-        places = self.positions[first:end] + (begins - self.starts[first:end])
-        ends = places + lengths
-        heads = self._breaks(places, ends)
-        tails = np.append(heads[1:] - 1, len(ends) - 1)
-        return list(zip(places[heads].tolist(), ends[tails].tolist(), strict=True))
+    def _pieces(self, starts: Positions, stops: Positions) -> tuple[Positions, Positions]:
+        """The ranges as starts and lengths in the concatenation of all parts, in their order."""
+        begins = self._runs[:, 0]
+        first = np.searchsorted(begins[:-1], starts, side="right") - 1
+        counts = np.searchsorted(begins[:-1], stops, side="left") - first  # runs that each range touches
+        counts[starts == stops] = 0
+        owner = np.repeat(np.arange(len(counts)), counts)
+        run = (first - (np.cumsum(counts) - counts))[owner] + np.arange(len(owner))
+        rows = self._runs[run]
+        heads = np.maximum(rows[:, 0], starts[owner])
+        tails = np.minimum(begins[run + 1], stops[owner])
+        return rows[:, 1] + (heads - rows[:, 0]), tails - heads
 
-    def _breaks(self, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.intp]:
-        """Which pieces start a new run: those that do not continue the one before, in the same part."""
-        parts = np.searchsorted(self.corpus.part_starts, begins, side="right")
-        new = (begins[1:] != ends[:-1]) | (parts[1:] != parts[:-1])
-        return np.flatnonzero(np.append(True, new))
-
-    def _join(self, pieces: list[Tokens]) -> Tokens:
-        if len(pieces) == 1:
-            return pieces[0]
-        return np.concatenate(pieces) if pieces else np.empty(0, self.corpus.dtype)
-
-
-def check_size(path: Path, expected: FileInfo) -> None:
-    """Require a file to have its recorded size.
-
-    Raises:
-        UserError: it is missing or has another size.
-    """
-    try:
-        found = path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path} of the corpus cannot be read: {error.strerror}.") from error
-    if found != expected.bytes:
-        raise UserError(
-            f"{path} is damaged: found {found} bytes, corpus.json says {expected.bytes}; "
-            "build the corpus again."
-        )
-
-
-def _load(path: Path, documents: int, tokens: int) -> NDArray[np.int64]:
-    try:
-        table: NDArray[np.int64] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # a garbled header raises almost anything, it is parsed as Python
-        raise UserError(f"{path} cannot be read ({error}); build the corpus again.") from error
-    if table.dtype != np.int64 or table.shape != (documents + 1, 2):
-        raise UserError(f"{path} does not fit corpus.json: expected int64 [{documents + 1}, 2]; build again.")
-    if table[-1, 0] != tokens:
-        raise UserError(f"{path} does not fit corpus.json: found {table[-1, 0]} tokens, expected {tokens}.")
-    return table
+    def _load(self) -> tuple[Positions, Positions]:
+        """The two arrays of the split's file."""
+        where = f"{self.corpus.location}/{self.file}"
+        try:
+            content: Positions = self.corpus.storage.array(self.file)
+        except UserError:
+            raise
+        except Exception as error:  # a garbled header raises almost anything, it is parsed as Python
+            raise UserError(f"{where} cannot be read ({error}); build the corpus again.") from error
+        rows = content.size - (self.documents + 1)
+        if content.dtype != np.int64 or content.ndim != 1 or rows < 2 or rows % 2:
+            raise UserError(
+                f"{where} does not fit corpus.json: found {content.dtype} {list(content.shape)}, expected "
+                f"int64, {self.documents + 1} numbers and pairs after them; build the corpus again."
+            )
+        starts, runs = content[: self.documents + 1], content[self.documents + 1 :].reshape(-1, 2)
+        found = [int(starts[-1]), *runs[-1].tolist()]
+        expected = [self.tokens, self.tokens, int(self.corpus.part_starts[-1])]
+        if found != expected:
+            raise UserError(
+                f"{where} does not fit corpus.json: found lengths of {found} tokens, expected {expected}; "
+                "build the corpus again."
+            )
+        return starts, runs

@@ -103,7 +103,7 @@ def test_a_split_goes_to_other_processes_spawned_or_forked(tiny_corpus: Path) ->
 
 
 def test_more_parts_than_open_files_are_read(tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_tools.corpus._OPEN_FILES", 1)
+    monkeypatch.setattr("data_tools.storage._OPEN_FILES", 1)
     split = Corpus.open(tiny_corpus).split("train")
     expected = stream(split)
     for start in range(0, split.tokens - 100, 1777):
@@ -122,7 +122,7 @@ def files_of(corpus: Path) -> list[Path]:
 def test_a_file_that_is_cut_grown_or_missing_is_named_at_opening(copy: Path) -> None:
     for path in files_of(copy):
         content = path.read_bytes()
-        for damaged in (content[:-1], content + b"x"):
+        for damaged in {content[:-1], content + b"x"} - {content}:
             path.write_bytes(damaged)
             with pytest.raises(UserError, match=path.name):
                 Corpus.open(copy)
@@ -133,12 +133,24 @@ def test_a_file_that_is_cut_grown_or_missing_is_named_at_opening(copy: Path) -> 
     Corpus.open(copy)
 
 
-def test_a_part_of_another_corpus_is_refused_at_opening(copy: Path) -> None:
-    index = next(copy.rglob("*.idx"))
-    content = bytearray(index.read_bytes())
-    content[17] = 4  # int32 instead of uint16
-    index.write_bytes(content)
-    with pytest.raises(UserError, match=index.stem):
+def test_a_file_that_is_cut_or_lost_while_it_is_read_is_named(copy: Path) -> None:
+    split = Corpus.open(copy).split("train")
+    path = split.corpus.part_prefix(2).with_suffix(".bin")
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"part-00002\.bin is cut short: it ends at byte"):
+        split.read([(0, split.tokens)])
+    split.corpus.close()
+    path.unlink()
+    with pytest.raises(UserError, match=r"part-00002\.bin cannot be read: No such file"):
+        split.read([(0, split.tokens)])
+
+
+def test_a_part_whose_tokens_do_not_fill_its_file_is_refused_at_opening(copy: Path) -> None:
+    path = copy / "corpus.json"
+    content = json.loads(path.read_bytes())
+    content["parts"][1]["tokens"] += 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"corpus\.json is damaged: part-00001 has \d+ tokens"):
         Corpus.open(copy)
 
 
@@ -182,7 +194,7 @@ def test_a_damaged_corpus_json_is_one_sentence(content: bytes, message: str, cop
         (["counts", "kept"], None, "not of type int"),
         (["counts", "left_out"], {"retracted": "1"}, "not of type int"),
         (["counts", "examples"], {"retracted": [1]}, "not of type str"),
-        (["options", "heldout"], "0.1", "not of type float"),
+        (["recipe", "decisions", "heldout"], "0.1", "not of type float"),
         (["more"], 1, "has to be an object with the keys"),
     ],
 )
@@ -199,15 +211,34 @@ def test_a_value_of_corpus_json_that_cannot_be_is_named(
         Corpus.open(copy)
 
 
+def test_a_split_file_of_other_numbers_is_refused(copy: Path) -> None:
+    path = Corpus.open(copy).split("train").path
+    whole = np.load(path)
+    documents = Corpus.open(copy).split("train").documents
+    for changed in (
+        whole.astype(np.float64),
+        whole.reshape(1, -1),
+        whole[:-1],
+        whole[: documents + 1],
+        np.where(np.arange(len(whole)) == documents, whole + 1, whole),
+        np.where(np.arange(len(whole)) == len(whole) - 1, whole - 1, whole),
+        np.where(np.arange(len(whole)) == len(whole) - 2, whole - 1, whole),
+    ):
+        np.save(path, changed)
+        with pytest.raises(UserError, match=rf"{path.name} (is damaged|does not fit)"):
+            Corpus.open(copy).split("train")
+
+
 def test_a_garbled_header_of_a_split_is_one_sentence(copy: Path) -> None:
-    content = (copy / "train.npy").read_bytes()
+    path = Corpus.open(copy).split("train").path
+    content = path.read_bytes()
     for place in range(128):
         for byte in (0, ord("("), ord("'"), 0xFF):
-            (copy / "train.npy").write_bytes(content[:place] + bytes([byte]) + content[place + 1 :])
+            path.write_bytes(content[:place] + bytes([byte]) + content[place + 1 :])
             try:
                 Corpus.open(copy).split("train")
             except UserError as error:
-                assert "train.npy" in str(error)  # noqa: PT017
+                assert path.name in str(error)  # noqa: PT017
 
 
 def test_a_tokenizer_of_the_same_size_that_made_other_ids_is_refused_at_opening(copy: Path) -> None:
