@@ -3,13 +3,17 @@
 import fcntl
 import os
 import re
-from collections.abc import Iterator, Sequence
+import shutil
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from data_tools.claims import PREFIX
 from data_tools.errors import UserError
-from data_tools.files import aside, locked, write_published
-from data_tools.finalize import finalize, require_papers
+from data_tools.files import NO_LOCKS, locked, write_published
+from data_tools.finalize import finalize, recorded, require_papers
 from data_tools.inputs import InputFile, find_inputs, shards
 from data_tools.manifest import Manifest, read_manifest, to_json
 from data_tools.parts import PartTask, add_counts, make_part
@@ -18,9 +22,10 @@ from data_tools.recipe import Recipe
 from data_tools.tokenizer import Tokenizer
 from data_tools.workers import run
 
-_MARKER = "parts.json"
+MARKER = "parts.json"
 """Says that `parts` beside it was made by a build. Written before `parts`, it stays with the corpus."""
-_MARKER_CONTENT = to_json({"format": "pmc-llama parts", "version": 1})
+MARKER_CONTENT = to_json({"format": "pmc-llama parts", "version": 1})
+_UNFINISHED_MARKER = re.compile(r"\.parts\.json(\..+)?\.partial")
 _PART_FILE = r"(part-\d{5,})\.(?:bin|idx|documents\.parquet|rejected\.jsonl|json)"
 _FINISHED_FILE = re.compile(_PART_FILE)
 _UNFINISHED_FILE = re.compile(rf"\.{_PART_FILE}\.partial")
@@ -46,25 +51,59 @@ def build(
     """
     tokenizer = Tokenizer(tokenizer_path)
     files = find_inputs(inputs)
-    _require_outside(files, directory)
+    require_outside(files, directory)
     groups = shards(files)
-    with _locked(directory):
-        fixed = _is_finished(directory, tokenizer, groups, recipe)
+    with _held(directory):
+        fixed = is_finished(directory, tokenizer, groups, recipe)
         with _parts(directory) as parts:
-            tasks = [
-                PartTask(f"part-{number:05}", group, parts, tokenizer_path.resolve(), recipe, fixed)
-                for number, group in enumerate(groups)
-            ]
+            tasks = part_tasks(groups, parts, tokenizer, recipe, fixed)
             with Progress(sum(file.bytes for file in files), "papers") as progress:
-                made = run(make_part, tasks, workers, progress.report)
+                made = run(make_part, tasks, workers, saying_if_slow(tokenizer, progress.report))
             counts = add_counts([part.counts for part in made])
-            _remove_others(parts, {part.info.name for part in made} if counts.kept else set())
+            remove_others(parts, {part.info.name for part in made} if counts.kept else set())
             require_papers(counts)
             return finalize(directory, made, tokenizer, recipe)
 
 
-def _require_outside(files: Sequence[InputFile], directory: Path) -> None:
-    """Refuse to write a corpus among its own inputs."""
+def saying_if_slow(
+    tokenizer: Tokenizer, on_report: Callable[[int, int, int], None]
+) -> Callable[[int, int, int], None]:
+    """A report that says first, on standard error, if the tokenizer has to take the slow way, and why.
+
+    To find out takes a tenth of a second, which the workers use to begin.
+    """
+    first = True
+
+    def report(number: int, records: int, size: int) -> None:
+        nonlocal first
+        if first and tokenizer.why_slow:
+            print(
+                f"With the tokenizer {tokenizer.path} sentencepiece itself has to encode, some twenty times "
+                f"slower: {tokenizer.why_slow}.",
+                file=sys.stderr,
+            )
+        first = False
+        on_report(number, records, size)
+
+    return report
+
+
+def part_tasks(
+    groups: Sequence[tuple[InputFile, ...]], parts: Path, tokenizer: Tokenizer, recipe: Recipe, fixed: bool
+) -> list[PartTask]:
+    """The parts to make of shards, in their order."""
+    return [
+        PartTask(f"part-{number:05}", group, parts, tokenizer.path.resolve(), recipe, fixed)
+        for number, group in enumerate(groups)
+    ]
+
+
+def require_outside(files: Sequence[InputFile], directory: Path) -> None:
+    """Refuse to write a corpus among its own inputs.
+
+    Raises:
+        UserError: an input lies in the output.
+    """
     inside = os.path.join(os.path.realpath(directory), "")
     for file in files:
         if file.path.startswith(inside):
@@ -73,7 +112,7 @@ def _require_outside(files: Sequence[InputFile], directory: Path) -> None:
             )
 
 
-def _is_finished(
+def is_finished(
     directory: Path, tokenizer: Tokenizer, groups: Sequence[tuple[InputFile, ...]], recipe: Recipe
 ) -> bool:
     """Whether the directory holds the finished corpus of this very build.
@@ -87,62 +126,95 @@ def _is_finished(
     manifest = read_manifest(directory)
     found = [(part.inputs.first, part.inputs.files, part.inputs.bytes) for part in manifest.parts]
     wanted = [(files[0].name, len(files), sum(file.bytes for file in files)) for files in groups]
+    wished = recorded(recipe)
     differing = [
         what
         for what, same in (
             ("tokenizer", manifest.tokenizer.sha256 == tokenizer.sha256),
-            ("recipe", manifest.recipe == recipe),
+            ("recipe", manifest.recipe == wished),
             ("input", found == wanted),
         )
         if not same
     ]
+    if differing == ["recipe"] and replace(wished, decisions=manifest.recipe.decisions) == manifest.recipe:
+        raise UserError(
+            f"{directory} already holds a corpus of these papers with other decisions; `pmc-data finalize "
+            f"{directory}` with the new ones decides again in seconds."
+        )
     if differing:
         raise UserError(
             f"{directory} already holds a corpus that differs in {' and '.join(differing)}; build into "
-            "another directory (or, to decide again over the same parts, delete its corpus.json)."
+            "another directory."
         )
     return True
 
 
 def _require_free(directory: Path) -> None:
     """Refuse a directory with files in it that no build left there."""
-    marker = directory / _MARKER
-    if marker.is_file() and marker.read_bytes() == _MARKER_CONTENT:
-        return
-    # A build that was killed in its first moment leaves only the marker it was writing.
-    if any(path != aside(marker) for path in directory.iterdir()):
+    # What is there is listed first: a build that begins beside this one writes its marker before all else.
+    # One that was killed in its first moment leaves only the marker that it was writing.
+    foreign = [path for path in directory.iterdir() if not _UNFINISHED_MARKER.fullmatch(path.name)]
+    if foreign and not is_marked(directory):
         raise UserError(f"The output {directory} is not empty and holds no corpus; give a new directory.")
 
 
+def is_marked(directory: Path) -> bool:
+    """Whether a build wrote its marker into the directory."""
+    marker = directory / MARKER
+    return marker.is_file() and marker.read_bytes() == MARKER_CONTENT
+
+
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold the output, made where it is missing, for this build alone; gone again when nothing is in it."""
+def held(directory: Path, how: int) -> Iterator[bool]:
+    """Hold the output, made where it is missing: `LOCK_EX` for a build alone, `LOCK_SH` for a shared one.
+
+    Yields whether it was missing.
+
+    On a network file system the lock reaches as far as that lets it, which may be this machine. A shared
+    build needs none.
+
+    Raises:
+        UserError: a build of the other kind, or another build alone, holds it, or it cannot be written.
+    """
     try:
         if directory.exists() and not directory.is_dir():
             raise UserError(f"The output {directory} is a file; give a directory.")
         created = not directory.exists()
         directory.mkdir(parents=True, exist_ok=True)
-        with locked(directory, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            try:
-                yield
-            finally:
-                if created and not any(directory.iterdir()):
-                    directory.rmdir()
+        with locked(directory, how | fcntl.LOCK_NB, required=how == fcntl.LOCK_EX):
+            yield created
     except BlockingIOError as error:
         raise UserError(f"Another build is at work in {directory}; wait for it or end it.") from error
     except OSError as error:
+        if error.errno in NO_LOCKS:
+            raise UserError(
+                f"The file system of {directory} keeps no locks ({error.strerror}); build with --shared, "
+                "which needs none, also in one process."
+            ) from error
         raise UserError(f"The output {directory} cannot be written: {error}.") from error
+
+
+@contextmanager
+def _held(directory: Path) -> Iterator[None]:
+    """Hold the output for this build alone; a new one is gone again when nothing is in it."""
+    with held(directory, fcntl.LOCK_EX) as created:
+        try:
+            yield
+        finally:
+            if created and not any(directory.iterdir()):
+                directory.rmdir()
 
 
 @contextmanager
 def _parts(directory: Path) -> Iterator[Path]:
     """The `parts` directory under its marker; at the end it has whole parts, or both are gone again."""
-    marker, parts = directory / _MARKER, directory / "parts"
-    write_published(marker, _MARKER_CONTENT)
+    marker, parts = directory / MARKER, directory / "parts"
+    write_published(marker, MARKER_CONTENT)
     try:
         parts.mkdir(exist_ok=True)
         with locked(parts, fcntl.LOCK_EX):
             pass  # the workers of a build that was killed have ended
+        remove_left_over(parts)
         yield parts
     finally:
         _remove_unfinished(parts)
@@ -161,9 +233,20 @@ def _remove_unfinished(parts: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _remove_others(parts: Path, names: set[str]) -> None:
+def remove_left_over(parts: Path, keep: Collection[str] = ()) -> None:
+    """Remove what processes of a shared build left for each other, but for the names to keep."""
+    for path in list(parts.iterdir()):
+        if not path.name.startswith(PREFIX) or path.name in keep:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def remove_others(parts: Path, names: set[str]) -> None:
     """Remove the parts that belong to other inputs: an earlier build was stopped and the inputs changed."""
     for path in list(parts.iterdir()):
         finished = _FINISHED_FILE.fullmatch(path.name)
         if finished and finished[1] not in names:
-            path.unlink()
+            path.unlink(missing_ok=True)

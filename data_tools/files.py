@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and their checksums."""
 
+import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
@@ -9,6 +10,8 @@ from pathlib import Path
 import xxhash
 
 _BLOCK = 1 << 20
+NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
+"""What `flock` says on a file system that keeps no locks; ENOSYS is Lustre's, mounted without them."""
 
 
 def aside(path: Path) -> Path:
@@ -58,16 +61,21 @@ def checksum(path: Path, count: Callable[[int], None] = lambda _: None) -> str:
 
 
 @contextmanager
-def locked(directory: Path, how: int) -> Iterator[None]:
+def locked(directory: Path, how: int, required: bool = True) -> Iterator[None]:
     """Hold a lock on a directory; it goes with the process, however that ends.
 
     Args:
         directory: exists.
         how: `fcntl.LOCK_SH` or `LOCK_EX`, with `LOCK_NB` to raise BlockingIOError instead of waiting.
+        required: otherwise it goes without, where the file system keeps no locks.
     """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, how)
+        try:
+            fcntl.flock(descriptor, how)
+        except OSError as error:
+            if required or error.errno not in NO_LOCKS:
+                raise
         yield
     finally:
         os.close(descriptor)

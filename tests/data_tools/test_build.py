@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -18,20 +19,20 @@ import sentencepiece
 
 from data_tools.build import build
 from data_tools.corpus import Corpus
-from data_tools.documents import read_documents
+from data_tools.documents import read_documents, table_path
 from data_tools.errors import UserError
 from data_tools.files import locked
-from data_tools.finalize import table_path
 from data_tools.inputs import InputFile, find_inputs, shards
 from data_tools.manifest import Manifest
 from data_tools.papers import Paper
-from data_tools.readers import reader_for
 from data_tools.recipe import Decisions, Recipe
+from data_tools.shards import ShardReader
 from data_tools.token_files import TokenFile
 from data_tools.verify import verify
 from tests.data_tools.sources import cleaned_text, simple_article, simple_record, write_jsonl
 
 OPTIONS = Recipe(decisions=Decisions(heldout=0.1))
+TOLERANT = replace(OPTIONS, max_bad=0.2)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -95,7 +96,7 @@ def test_every_record_is_kept_or_counted(papers: Path, tiny_tokenizer: Path, tmp
     with (papers / "t.jsonl").open("a") as file:
         file.write('{"corpusid": \n')
     (papers / "broken.xml").write_text(simple_article(300)[:400])
-    counts = make(papers, tiny_tokenizer, tmp_path / "corpus").counts
+    counts = build([papers], tiny_tokenizer, tmp_path / "corpus", TOLERANT, workers=1).counts
     assert counts.left_out == {
         "no_pmc_id": 1,
         "duplicate_pmc_id": 1,
@@ -131,12 +132,7 @@ def assert_corpus_is(inputs: list[Path], tokenizer: Path, directory: Path) -> No
     processor = sentencepiece.SentencePieceProcessor(str(tokenizer))
     expected = []
     for file in sorted(find_inputs(inputs), key=lambda file: file.name):
-        reader = reader_for(file.name)
-        assert reader is not None
-        with open(file.path, "rb") as stream:
-            found = [
-                paper for paper in reader.read(stream, file.name) if isinstance(paper, Paper) and paper.pmc_id
-            ]
+        found = [paper for paper in ShardReader([file]) if isinstance(paper, Paper) and paper.pmc_id]
         expected += [(paper.pmc_id, processor.encode(cleaned_text(paper))) for paper in found]
     corpus = Corpus.open(directory)
     names = [part.name for part in corpus.manifest.parts]
@@ -254,14 +250,10 @@ def test_a_finished_corpus_is_never_overwritten_by_another(
 ) -> None:
     make(papers, tiny_tokenizer, tmp_path / "corpus")
     first = contents(tmp_path / "corpus")
+    with pytest.raises(UserError, match=r"with other decisions; `pmc-data finalize"):
+        build([papers], tiny_tokenizer, tmp_path / "corpus", Recipe(decisions=Decisions(heldout=0.5)), 1)
     with pytest.raises(UserError, match="differs in recipe"):
-        build(
-            [papers],
-            tiny_tokenizer,
-            tmp_path / "corpus",
-            Recipe(decisions=Decisions(heldout=0.5)),
-            1,
-        )
+        build([papers], tiny_tokenizer, tmp_path / "corpus", replace(OPTIONS, rules=[]), 1)
     shorter = write_jsonl(papers / "s2.jsonl", [simple_record(1)])
     with pytest.raises(UserError, match="differs in input"):
         make(papers, tiny_tokenizer, tmp_path / "corpus")
@@ -375,7 +367,7 @@ def test_one_bad_file_among_articles_is_counted_and_the_build_goes_on(
     papers: Path, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
     (papers / "latin.xml").write_bytes(simple_article(300).encode().replace(b"Article", b"\xe9rticle"))
-    counts = make(papers, tiny_tokenizer, tmp_path / "corpus").counts
+    counts = build([papers], tiny_tokenizer, tmp_path / "corpus", TOLERANT, workers=1).counts
     assert counts.left_out == {"broken_xml": 1}
     assert counts.kept == 67
 
@@ -383,11 +375,11 @@ def test_one_bad_file_among_articles_is_counted_and_the_build_goes_on(
 def test_what_was_found_in_a_record_is_named_in_short_clean_text(
     papers: Path, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
-    record = {"corpusid": 1, "content": {"text": "a", "annotations": {"\ud800" + "k" * 1000: "x"}}}
+    record = {"\ud800" + "k" * 1000: "x"}
     write_jsonl(papers / "t.jsonl", [record])
-    counts = make(papers, tiny_tokenizer, tmp_path / "corpus").counts
+    counts = build([papers], tiny_tokenizer, tmp_path / "corpus", TOLERANT, workers=1).counts
     (example,) = counts.examples["wrong_structure"]
-    assert example.startswith("papers/t.jsonl:1 the annotation \ufffdk")
+    assert example.startswith("papers/t.jsonl:1 no known layout has the fields: \ufffdk")
     assert len(example) <= len("papers/t.jsonl:1 ") + 200
 
 
@@ -459,7 +451,8 @@ def real_corpus(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
 
 
 def real_inputs(shared: Path) -> list[Path]:
-    return [shared / "jats", shared / "s2orc" / "api_s2orc-sample.jsonl"]
+    articles = sorted([*shared.glob("jats/*.xml"), *shared.glob("jats/*.nxml")])
+    return [*articles, shared / "s2orc" / "api_s2orc-sample.jsonl"]
 
 
 @pytest.mark.shared
@@ -498,10 +491,10 @@ def test_the_real_papers_texts_hold_no_author_block_and_no_reference_list(
         rows = read_documents([path], ["source_file"]).to_pylist()
         with TokenFile(corpus.part_prefix(number)) as file:
             for document, row in enumerate(rows):
-                if not row["source_file"].startswith("jats/"):
+                if row["source_file"].endswith(".jsonl"):
                     continue
                 text = tokenizer.decode(file.document(document).tolist())
-                xml = (shared / row["source_file"]).read_text()
+                xml = (shared / "jats" / row["source_file"]).read_text()
                 front, _, _ = xml.partition("</front>")
                 affiliations = re.findall(r"<aff[ >].*?</aff>", front, re.DOTALL)
                 references = re.findall(

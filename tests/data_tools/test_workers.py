@@ -1,16 +1,20 @@
 """Tasks on processes: results in order, errors at once, nothing left behind."""
 
+import fcntl
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import psutil
 import pytest
 
 from data_tools.errors import UserError
+from data_tools.files import locked
 from data_tools.workers import run
 
 Report = Callable[[int, int], None]
@@ -69,16 +73,60 @@ def _run_for_ever(directory: Path) -> None:
     run(_note_and_wait, [directory, directory], 2, lambda *_: None)
 
 
-def test_workers_in_the_midst_of_a_task_end_when_their_parent_is_killed(tmp_path: Path) -> None:
-    parent = multiprocessing.get_context("spawn").Process(target=_run_for_ever, args=(tmp_path,))
+def _run_for_ever_locked(directory: Path) -> None:
+    with locked(directory, fcntl.LOCK_EX):
+        _run_for_ever(directory)
+
+
+def _run_for_ever_beside_a_thread(directory: Path) -> None:
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    _run_for_ever(directory)
+
+
+def _started(target: Callable[[Path], None], directory: Path) -> tuple[SpawnProcess, list[psutil.Process]]:
+    """A process with two workers, each in the midst of a task."""
+    parent = multiprocessing.get_context("spawn").Process(target=target, args=(directory,))
     parent.start()
-    while len(list(tmp_path.iterdir())) < 2:
+    while len(list(directory.iterdir())) < 2:
         assert parent.is_alive(), "the run ended before it could be killed"
         time.sleep(0.01)
-    workers = [psutil.Process(int(path.name)) for path in tmp_path.iterdir()]
+    return parent, [psutil.Process(int(path.name)) for path in directory.iterdir()]
+
+
+def _are_forked(workers: list[psutil.Process], parent: SpawnProcess) -> bool:
+    """Whether the workers have the command line of their parent; spawned ones have their own."""
+    assert parent.pid is not None
+    command = psutil.Process(parent.pid).cmdline()
+    return all(worker.cmdline() == command for worker in workers)
+
+
+def test_a_lock_of_the_parent_goes_with_it_though_forked_workers_are_still_there(tmp_path: Path) -> None:
+    parent, workers = _started(_run_for_ever_locked, tmp_path)
+    forked = _are_forked(workers, parent)
+    for worker in workers:
+        worker.suspend()
+    parent.kill()
+    parent.join()
+    try:
+        with locked(tmp_path, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            pass
+    finally:
+        for worker in workers:
+            worker.resume()
+    assert forked
+    assert not psutil.wait_procs(workers, timeout=30)[1]
+
+
+@pytest.mark.parametrize("target", [_run_for_ever, _run_for_ever_beside_a_thread])
+def test_workers_in_the_midst_of_a_task_end_when_their_parent_is_killed(
+    target: Callable[[Path], None], tmp_path: Path
+) -> None:
+    parent, workers = _started(target, tmp_path)
+    forked = _are_forked(workers, parent)
     parent.kill()
     parent.join()
     _, alive = psutil.wait_procs(workers, timeout=30)
     for worker in alive:
         worker.kill()
     assert not alive
+    assert forked == (target is _run_for_ever), "forked beside a thread, or not forked without one"
