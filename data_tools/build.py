@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -57,35 +57,26 @@ def build(
         fixed = is_finished(directory, tokenizer, groups, recipe)
         with _parts(directory) as parts:
             tasks = part_tasks(groups, parts, tokenizer, recipe, fixed)
+            say_if_slow(tokenizer)
             with Progress(sum(file.bytes for file in files), "papers") as progress:
-                made = run(make_part, tasks, workers, saying_if_slow(tokenizer, progress.report))
+                made = run(make_part, tasks, workers, progress.report)
             counts = add_counts([part.counts for part in made])
             remove_others(parts, {part.info.name for part in made} if counts.kept else set())
             require_papers(counts)
             return finalize(directory, made, tokenizer, recipe)
 
 
-def saying_if_slow(
-    tokenizer: Tokenizer, on_report: Callable[[int, int, int], None]
-) -> Callable[[int, int, int], None]:
-    """A report that says first, on standard error, if the tokenizer has to take the slow way, and why.
+def say_if_slow(tokenizer: Tokenizer) -> None:
+    """Say on standard error if the tokenizer has to take the slow way, and why.
 
-    To find out takes a tenth of a second, which the workers use to begin.
+    Asked before the workers are forked, they have the encoder from this process.
     """
-    first = True
-
-    def report(number: int, records: int, size: int) -> None:
-        nonlocal first
-        if first and tokenizer.why_slow:
-            print(
-                f"With the tokenizer {tokenizer.path} sentencepiece itself has to encode, some twenty times "
-                f"slower: {tokenizer.why_slow}.",
-                file=sys.stderr,
-            )
-        first = False
-        on_report(number, records, size)
-
-    return report
+    if tokenizer.why_slow:
+        print(
+            f"With the tokenizer {tokenizer.path} sentencepiece itself has to encode, some twenty times "
+            f"slower: {tokenizer.why_slow}.",
+            file=sys.stderr,
+        )
 
 
 def part_tasks(

@@ -144,7 +144,7 @@ class _HashSet:
     """A set of hashes. A table by their first bits, which a core's cache can hold, is asked first."""
 
     def __init__(self, hashes: Hashes) -> None:
-        self._hashes = np.unique(hashes)
+        self._hashes = np.sort(hashes)
         bits = max(8, int(len(self._hashes) * _BYTES_A_RUN).bit_length())
         self._shift = np.uint64(64 - bits)
         self._marks = np.zeros(1 << bits, np.bool_)

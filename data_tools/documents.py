@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from data_tools.columns import column
 from data_tools.errors import UserError
 from data_tools.files import aside, publish
 from data_tools.measures import Measured
@@ -133,8 +134,8 @@ class DocumentTable:
 
     def _write(self) -> None:
         if self._rows:
-            rows = [vars(document) for document in self._rows]
-            self._writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+            columns = [column([getattr(row, of.name) for row in self._rows], of.type) for of in SCHEMA]
+            self._writer.write_table(pa.Table.from_arrays(columns, schema=SCHEMA))
             self._rows.clear()
 
 
@@ -155,9 +156,12 @@ def read_table(path: Path, columns: list[str]) -> Any:
         UserError: the table cannot be read.
     """
     try:
-        # Not memory-mapped and without read-ahead: what is read is what is kept.
-        return pq.read_table(path, columns=columns, schema=SCHEMA, pre_buffer=False)
-    except (OSError, pa.ArrowException) as error:
+        # Not memory-mapped and without read-ahead: what is read is what is kept. And not by `pq.read_table`,
+        # which imports pandas.
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            schema = pa.schema([SCHEMA.field(name) for name in columns])
+            return file.read(columns).select(columns).cast(schema)
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read as a table of documents ({error}).") from error
 
 

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from data_tools.documents import SCHEMA, read_table
+from data_tools.columns import column, given, numbers
+from data_tools.documents import read_table
 from data_tools.licenses import GROUPS, license_group
 from data_tools.words import Hashes, bytes_hashes, mix
 
@@ -56,13 +57,14 @@ def read_facts(paths: Iterable[Path], check: Callable[[Facts], None] = lambda _:
     """The facts of the documents in the tables at `paths`, one table in memory at a time.
 
     Args:
-        paths: of the tables of all parts.
+        paths: of the tables of all parts, at least one.
         check: given the facts of each table as it is read.
 
     Raises:
         UserError: a table cannot be read.
     """
-    found, before = [facts_of(SCHEMA.empty_table().select(COLUMNS))], 0
+    found: list[Facts] = []
+    before = 0
     for path in paths:
         facts = facts_of(read_table(path, COLUMNS))
         check(facts)
@@ -80,19 +82,19 @@ def facts_of(table: Any) -> Facts:
         doi=_string_hashes(pc.utf8_lower(table["doi"])),
         corpus_id=_corpus_ids(table["corpus_id"]),
         text=_first_bytes(table["text_hash"]),
-        retracted=table["retracted"].to_numpy().astype(np.bool_),
+        retracted=numbers(table["retracted"].combine_chunks()),
         license=_licenses(table["license"]),
-        tokens=table["tokens"].to_numpy().astype(np.int64),
-        overlap_documents=pc.list_parent_indices(overlaps).to_numpy().astype(np.int64),
-        overlap_questions=pc.list_flatten(overlaps).to_numpy().astype(np.int32),
+        tokens=numbers(table["tokens"].combine_chunks()).astype(np.int64),
+        overlap_documents=numbers(pc.list_parent_indices(overlaps)),
+        overlap_questions=numbers(pc.list_flatten(overlaps)),
     )
 
 
 def named(facts: Facts, identifiers: Sequence[str]) -> NDArray[np.bool_]:
     """Which documents have one of the given PMC ids or DOIs: `[documents]`."""
-    given = pa.chunked_array([pa.array([one for one in identifiers if one], pa.string())])
-    found: NDArray[np.bool_] = np.isin(facts.pmc_id, _string_hashes(given))
-    return found | np.isin(facts.doi, _string_hashes(pc.utf8_lower(given)))
+    wanted = pa.chunked_array([column([one for one in identifiers if one], pa.string())])
+    found: NDArray[np.bool_] = np.isin(facts.pmc_id, _string_hashes(wanted))
+    return found | np.isin(facts.doi, _string_hashes(pc.utf8_lower(wanted)))
 
 
 def _arrays(facts: Facts) -> list[NDArray[Any]]:
@@ -101,20 +103,21 @@ def _arrays(facts: Facts) -> list[NDArray[Any]]:
 
 def _corpus_ids(column: Any) -> Hashes:
     """The ids, from 0, mixed; `NONE` where there is none."""
-    given = pc.is_valid(column).to_numpy()
-    values = pc.fill_null(column, 0).to_numpy().astype(np.uint64) + np.uint64(1)
-    return np.where(given, mix(values), NONE)
+    array = column.combine_chunks()
+    return np.where(given(array), mix(numbers(array).astype(np.uint64) + np.uint64(1)), NONE)
 
 
 def _string_hashes(column: Any) -> Hashes:
     """A hash of each string, `NONE` for null: `[rows]`."""
-    array = pc.fill_null(column, "").cast(pa.large_string()).combine_chunks()
+    if not len(column):
+        return np.empty(0, np.uint64)
+    array = column.cast(pa.large_string()).combine_chunks()
     _, offsets, content = array.buffers()
-    if not len(array) or content is None:
+    if content is None:
         return np.zeros(len(array), np.uint64)
     places = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
     hashes = bytes_hashes(np.frombuffer(content, np.uint8), places)
-    return np.where(places[1:] > places[:-1], hashes, NONE)
+    return np.where(given(array) & (places[1:] > places[:-1]), hashes, NONE)
 
 
 def _first_bytes(column: Any) -> Hashes:
@@ -130,6 +133,6 @@ def _licenses(column: Any) -> NDArray[np.uint8]:
     """The group of each statement. There are few distinct ones."""
     encoded = column.combine_chunks().dictionary_encode()
     groups = [GROUPS.index(license_group(statement)) for statement in encoded.dictionary.to_pylist()]
-    codes = pc.fill_null(encoded.indices, len(groups)).to_numpy()
+    codes = numbers(encoded.indices, null=len(groups))
     found: NDArray[np.uint8] = np.array([*groups, GROUPS.index(license_group(None))], np.uint8)[codes]
     return found

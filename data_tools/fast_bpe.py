@@ -41,13 +41,13 @@ class Vocabulary:
     settings: dict[str, bool]
 
 
-@lru_cache(maxsize=1)
 def read_vocabulary(model: bytes) -> Vocabulary:
     """The pieces and settings of a serialized SentencePiece model."""
     from sentencepiece import sentencepiece_model_pb2  # 20 ms that those who only read a corpus need not pay
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    pieces = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
     settings = {
         "is BPE": trainer.model_type == _BPE,
         "falls back to bytes": trainer.byte_fallback,
@@ -58,9 +58,9 @@ def read_vocabulary(model: bytes) -> Vocabulary:
         "leaves characters as they are": not normalizer.precompiled_charsmap,
     }
     return Vocabulary(
-        texts=[piece.piece for piece in proto.pieces],
-        scores={piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL},
-        kinds={piece.piece: piece.type for piece in proto.pieces if piece.type != _NORMAL},
+        texts=[text for text, _, _ in pieces],
+        scores={text: score for text, score, kind in pieces if kind == _NORMAL},
+        kinds={text: kind for text, _, kind in pieces if kind != _NORMAL},
         settings=settings,
     )
 
@@ -190,9 +190,13 @@ class FastBpe:
 
 
 @lru_cache(maxsize=1)
-def fast_bpe(model: bytes) -> FastBpe:
-    """The encoder of a serialized SentencePiece model; a process that asks again gets the one it has."""
-    return FastBpe(read_vocabulary(model))
+def fast_bpe(model: bytes) -> FastBpe | str:
+    """The encoder of a serialized SentencePiece model, or why there is none.
+
+    A process that asks again gets the one it has; so does a process forked from it.
+    """
+    vocabulary = read_vocabulary(model)
+    return why_not(vocabulary) or FastBpe(vocabulary)
 
 
 def _resident() -> int:

@@ -29,7 +29,7 @@ from data_tools.build import (
     remove_left_over,
     remove_others,
     require_outside,
-    saying_if_slow,
+    say_if_slow,
 )
 from data_tools.claims import PREFIX, STALE_SECONDS, Claim, Claims
 from data_tools.errors import UserError
@@ -109,8 +109,9 @@ def build_shared(
             pass  # the workers of a build alone that was killed have ended
         (parts / _FAILED).unlink(missing_ok=True)
         tasks = part_tasks(groups, parts, tokenizer, recipe, fixed)
+        say_if_slow(tokenizer)
         with Progress(sum(file.bytes for file in files), "papers") as progress:
-            source = _Parts(tasks, claims, tokenizer, task, pause, saying_if_slow(tokenizer, progress.report))
+            source = _Parts(tasks, claims, tokenizer, task, pause, progress.report)
             with source:
                 run_from(_make, source, min(workers, len(tasks)), source.report)
         made = [source.found[number] for number in range(len(tasks))]

@@ -13,7 +13,7 @@ import sentencepiece
 from numpy.typing import NDArray
 
 from data_tools.errors import UserError
-from data_tools.fast_bpe import fast_bpe, read_vocabulary, why_not
+from data_tools.fast_bpe import fast_bpe
 
 _CHECK_PIECE = 1 << 14
 """Characters of a text that are compared with SentencePiece at a time: it slows down with length."""
@@ -70,16 +70,21 @@ class Tokenizer:
                 "train it with --eos_id."
             )
 
-    @cached_property
+    @property
     def why_slow(self) -> str | None:
-        """Why `sentencepiece` itself has to encode, or None when the fast way gives its ids."""
-        return why_not(read_vocabulary(self.model))
+        """Why `sentencepiece` itself has to encode, or None when the fast way gives its ids.
+
+        The first process to ask makes the fast encoder, which takes a fifth of a second.
+        """
+        fast = fast_bpe(self.model)
+        return fast if isinstance(fast, str) else None
 
     @cached_property
     def _encode(self) -> Callable[[str], NDArray[np.integer[Any]]]:
-        if self.why_slow is None:
-            return fast_bpe(self.model).encode
-        return lambda text: np.array(self._processor.encode(text), np.int32)
+        fast = fast_bpe(self.model)
+        if isinstance(fast, str):
+            return lambda text: np.array(self._processor.encode(text), np.int32)
+        return fast.encode
 
     def encode(self, text: str) -> Tokens:
         """Token ids of a text, `[tokens]` of `dtype`, without BOS or EOS."""
