@@ -16,6 +16,7 @@ from data_tools.files import NO_LOCKS, locked, write_published
 from data_tools.finalize import finalize, recorded, require_papers
 from data_tools.inputs import InputFile, find_inputs, shards
 from data_tools.manifest import Manifest, read_manifest, to_json
+from data_tools.measures import Measurer
 from data_tools.parts import PartTask, add_counts, make_part
 from data_tools.progress import Progress
 from data_tools.recipe import Recipe
@@ -57,7 +58,7 @@ def build(
         fixed = is_finished(directory, tokenizer, groups, recipe)
         with _parts(directory) as parts:
             tasks = part_tasks(groups, parts, tokenizer, recipe, fixed)
-            say_if_slow(tokenizer)
+            prepare(tokenizer, recipe)
             with Progress(sum(file.bytes for file in files), "papers") as progress:
                 made = run(make_part, tasks, workers, progress.report)
             counts = add_counts([part.counts for part in made])
@@ -66,11 +67,15 @@ def build(
             return finalize(directory, made, tokenizer, recipe)
 
 
-def say_if_slow(tokenizer: Tokenizer) -> None:
-    """Say on standard error if the tokenizer has to take the slow way, and why.
+def prepare(tokenizer: Tokenizer, recipe: Recipe) -> None:
+    """Make, once, what workers forked from this process then have from it: the encoder, the test questions.
 
-    Asked before the workers are forked, they have the encoder from this process.
+    Says on standard error if the tokenizer has to take the slow way, and why.
+
+    Raises:
+        UserError: a test set cannot be read.
     """
+    Measurer(recipe.measures)
     if tokenizer.why_slow:
         print(
             f"With the tokenizer {tokenizer.path} sentencepiece itself has to encode, some twenty times "

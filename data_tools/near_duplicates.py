@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from data_tools.columns import given
 from data_tools.documents import read_table
 from data_tools.minhash import BANDS, VALUES, Signatures, band_keys, similarities
 from data_tools.words import Hashes
@@ -112,7 +113,7 @@ def _signatures(paths: Sequence[Path], among: Mask) -> Any:
         chosen = np.flatnonzero(among[start : start + rows])
         if len(chosen):
             column = read_table(path, ["signature"])["signature"].combine_chunks()
-            chosen = chosen[column.is_valid().to_numpy(zero_copy_only=False)[chosen]]
+            chosen = chosen[given(column)[chosen]]
             content = np.frombuffer(column.buffers()[1], "<u2").reshape(-1, VALUES)
             yield chosen + start, content[column.offset : column.offset + rows][chosen]
         else:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from data_tools.columns import column
 from data_tools.contamination import TestQuestion
 from data_tools.errors import UserError
 from data_tools.facts import Facts
@@ -49,20 +50,21 @@ def question_table(
         splits: which documents are in `train` and `heldout`, `[documents]`.
     """
     every = np.ones(len(facts), np.bool_)
-    columns = {
+    counts = {
         name: np.bincount(facts.overlap_questions[chosen[facts.overlap_documents]], minlength=len(questions))
         for name, chosen in {"documents": every, **splits}.items()
     }
-    table = pa.table(
-        {
-            "set": [question.set for question in questions],
-            "id": [question.id for question in questions],
-            "matched": [question.matched for question in questions],
-            **columns,
-        }
+    values = {
+        "set": [question.set for question in questions],
+        "id": [question.id for question in questions],
+        "matched": [question.matched for question in questions],
+        **{name: found.tolist() for name, found in counts.items()},
+    }
+    table = pa.Table.from_arrays(
+        [column(values[field.name], field.type) for field in _SCHEMA], schema=_SCHEMA
     )
     buffer = BytesIO()
-    pq.write_table(table.select(_SCHEMA.names).cast(_SCHEMA), buffer)
+    pq.write_table(table, buffer)
     return buffer.getvalue()
 
 

@@ -26,10 +26,10 @@ from data_tools.build import (
     is_finished,
     is_marked,
     part_tasks,
+    prepare,
     remove_left_over,
     remove_others,
     require_outside,
-    say_if_slow,
 )
 from data_tools.claims import PREFIX, STALE_SECONDS, Claim, Claims
 from data_tools.errors import UserError
@@ -109,7 +109,7 @@ def build_shared(
             pass  # the workers of a build alone that was killed have ended
         (parts / _FAILED).unlink(missing_ok=True)
         tasks = part_tasks(groups, parts, tokenizer, recipe, fixed)
-        say_if_slow(tokenizer)
+        prepare(tokenizer, recipe)
         with Progress(sum(file.bytes for file in files), "papers") as progress:
             source = _Parts(tasks, claims, tokenizer, task, pause, progress.report)
             with source:
