@@ -129,11 +129,48 @@ class CheckpointConfig:
         every_steps: steps between checkpoints; the last step always publishes one.
         keep_last: newest checkpoints kept; older ones are removed after a new one is published.
         keep_every: steps whose multiples are kept for good; 0 keeps none for good.
+        asynchronous: train on while a checkpoint is written; training stops only for the copy to host memory,
+            which then holds the state a second time.
+        max_failed: checkpoints in a row that may fail to be written before the run ends.
     """
 
     every_steps: int = 1000
     keep_last: int = 2
     keep_every: int = 0
+    asynchronous: bool = True
+    max_failed: int = 2
+
+
+@dataclass
+class GuardConfig:
+    """Updates that are not made, on all ranks alike. A non-finite loss or gradient norm is never taken.
+
+    Args:
+        max_skipped: skipped updates in a row, for non-finite numbers or spikes, before the run stops.
+        spike_deviations: standard deviations above the mean of the recent losses, or gradient norms, from
+            which a step is a spike and its update skipped (OLMo-core's `SkipStepOptimizer` has 6); null
+            skips none.
+        spike_window: recent steps that mean and deviation are taken of.
+        skip_steps: ranges of steps, as [first, last] pairs, whose batches are passed over.
+    """
+
+    max_skipped: int = 5
+    spike_deviations: float | None = None
+    spike_window: int = 128
+    skip_steps: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass
+class HangConfig:
+    """How long ranks wait for one another before the run ends.
+
+    Args:
+        start_seconds: until the first step is made: loading, compiling, the slowest node's start.
+        step_seconds: from then on, in any one thing that a step waits for.
+    """
+
+    start_seconds: float = 1800.0
+    step_seconds: float = 600.0
 
 
 @dataclass
@@ -155,9 +192,11 @@ class LoggingConfig:
 
     Args:
         every_steps: steps between console lines. `metrics.jsonl` and TensorBoard have every step.
+        wandb_project: a Weights & Biases project that gets the same (needs `pmc-llama[wandb]`); null, none.
     """
 
     every_steps: int = 1
+    wandb_project: str | None = None
 
 
 @dataclass
@@ -176,8 +215,12 @@ class Recipe:
         precision: dtypes.
         sharding: memory against speed.
         checkpoint: when to save.
+        guards: updates that are not made.
+        hangs: how long to wait for other ranks.
         evaluation: held-out loss.
         logging: what is told.
+        dry_run: make one full-size step on synthetic data first, which shows whether the memory suffices, and
+            undo it.
     """
 
     output: Path = Path("runs/default")
@@ -191,8 +234,11 @@ class Recipe:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    hangs: HangConfig = field(default_factory=HangConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    dry_run: bool = True
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:

@@ -122,7 +122,8 @@ class Trainer:
         loss = self.backend.forward_backward(batch.micro_batches, targets)
         dist.all_reduce(loss)
         rate = learning_rate(self.step + 1, self.steps, recipe.optimizer.learning_rate, recipe.schedule)
-        grad_norm = self.backend.clip_and_step(rate, recipe.optimizer.max_grad_norm)
+        grad_norm = self.backend.clip(recipe.optimizer.max_grad_norm)
+        self.backend.step(rate)
         self.step += 1
         return self._describe(float(loss) / targets, grad_norm, rate, begin, have_data)
 

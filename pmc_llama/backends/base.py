@@ -29,12 +29,18 @@ class Backend(Protocol):
             fp64 scalar on the device: this rank's summed loss.
         """
 
-    def clip_and_step(self, learning_rate: float, max_norm: float) -> float:
-        """Scale gradients down to a global norm of `max_norm`, update the weights, clear the gradients.
+    def clip(self, max_norm: float) -> float:
+        """Scale the accumulated gradients down to a global norm of `max_norm`.
 
         Returns:
-            The global gradient norm before scaling.
+            The global gradient norm before scaling, the same on every rank.
         """
+
+    def step(self, learning_rate: float) -> None:
+        """Update the weights by the accumulated gradients, and clear those."""
+
+    def discard(self) -> None:
+        """Clear the accumulated gradients without an update: weights, moments and their counts stay."""
 
     def evaluate(self, batch: MicroBatch) -> Tensor:
         """This rank's loss summed over the targets of `batch`, fp64 scalar on the device, no gradient."""

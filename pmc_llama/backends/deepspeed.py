@@ -106,14 +106,20 @@ class DeepSpeedBackend:
             total += loss.detach()
         return total
 
-    def clip_and_step(self, learning_rate: float, max_norm: float) -> float:
-        """See `Backend.clip_and_step`."""
-        norm = clip_gradients(self._gradient_shards(), max_norm, self.device)
+    def clip(self, max_norm: float) -> float:
+        """See `Backend.clip`."""
+        return clip_gradients(self._gradient_shards(), max_norm, self.device)
+
+    def step(self, learning_rate: float) -> None:
+        """See `Backend.step`."""
         for group in self.zero.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
         self.steps += 1
-        return norm
+
+    def discard(self) -> None:
+        """See `Backend.discard`."""
+        self.zero.zero_grad()
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch) -> Tensor:

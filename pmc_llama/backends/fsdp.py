@@ -69,16 +69,22 @@ class FsdpBackend:
             total += loss.detach()
         return total
 
-    def clip_and_step(self, learning_rate: float, max_norm: float) -> float:
-        """See `Backend.clip_and_step`."""
+    def clip(self, max_norm: float) -> float:
+        """See `Backend.clip`."""
         gradients = [_local(parameter.grad) for parameter in self.parameters.values()]
-        norm = clip_gradients(gradients, max_norm, self.device)
+        return clip_gradients(gradients, max_norm, self.device)
+
+    def step(self, learning_rate: float) -> None:
+        """See `Backend.step`."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps += 1
-        return norm
+
+    def discard(self) -> None:
+        """See `Backend.discard`."""
+        self.optimizer.zero_grad()
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch) -> Tensor:

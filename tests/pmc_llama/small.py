@@ -81,5 +81,7 @@ def train_steps(backend: Backend, first: int, last: int, accumulation: int) -> l
         batches, targets = micro_batches(step, accumulation)
         loss = backend.forward_backward(batches, targets)
         dist.all_reduce(loss)
-        history.append((float(loss) / targets, backend.clip_and_step(1e-2, 0.5)))
+        norm = backend.clip(0.5)
+        backend.step(1e-2)
+        history.append((float(loss) / targets, norm))
     return history
