@@ -10,21 +10,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import yaml
-from transformers import LlamaConfig
 
 from data_tools.corpus import Corpus
 from data_tools.errors import UserError
-from pmc_llama import checkpoint, huggingface
+from pmc_llama import checkpoint, starting
 from pmc_llama.backends import build_backend
-from pmc_llama.compatibility import check_model, check_resumable, check_shape
+from pmc_llama.compatibility import check_model, check_resumable
 from pmc_llama.config import Recipe, plain
 from pmc_llama.data import TrainingBatches, heldout_batches, sample_order
 from pmc_llama.distributed import Ranks, connect, disconnect, discover
 from pmc_llama.flops import model_flops_per_token, model_flops_utilization
 from pmc_llama.huggingface_tokenizer import exact_tokenizer
-from pmc_llama.initialize import RandomWeights
 from pmc_llama.metrics import Metrics, StepRecord, peak_memory
-from pmc_llama.model import check_buildable, for_training, llama_config
 from pmc_llama.run_lock import only_writer
 from pmc_llama.schedule import learning_rate, total_steps
 
@@ -86,15 +83,17 @@ class Trainer:
 
     def start(self, resume: str | None) -> None:
         """Build the model, load its first weights or all of a checkpoint, and open the run's records."""
-        source = self._find_checkpoint(resume)
-        self.config = for_training(self._model_config(source))
+        source = starting.find_checkpoint(self.checkpoints, resume, self.checkpoint_group, self._warn)
+        self.config = starting.model_config(self.recipe, self.corpus.vocab_size, source)
         check_model(self.recipe, self.config, self.corpus)
         self.backend = build_backend(self.recipe, self.config, self.device)
         if source:
-            self._load_checkpoint(source)
+            manifest = checkpoint.read_manifest(source)
+            check_resumable(self.recipe, self.corpus, manifest)
+            starting.load_checkpoint(source, manifest, self.backend, self.checkpoint_group)
+            self.step = manifest.step
         else:
-            self._load_first_weights()
-        self.backend.state_loaded()
+            starting.load_first_weights(self.recipe, self.config, self.backend, self.checkpoint_group)
         text = yaml.safe_dump(plain(self.recipe), sort_keys=False)
         every = self.recipe.logging.every_steps
         self.metrics = Metrics(self.recipe.output, self.ranks.rank, self.step, text, every)
@@ -153,61 +152,6 @@ class Trainer:
         """Close the records and release the model."""
         self.metrics.close()
         self.backend.close()
-
-    # --- starting ----------------------------------------------------------------------------------------
-
-    def _find_checkpoint(self, resume: str | None) -> Path | None:
-        if self.ranks.rank == 0:
-            checkpoint.tidy(self.checkpoints)
-        dist.barrier(self.checkpoint_group)
-        if resume == "latest":
-            return checkpoint.newest_sound(self.checkpoints, self.checkpoint_group, self._warn)
-        source, here = (Path(resume) if resume else None), checkpoint.list_checkpoints(self.checkpoints)
-        if source and (damage := checkpoint.verify_together(source, self.checkpoint_group)):
-            raise UserError(damage)
-        if here and not (source and source.resolve() == here[-1].resolve()):
-            raise UserError(
-                f"{self.checkpoints} already holds checkpoints; add --resume to go on from the newest, or "
-                "choose another --output."
-            )
-        return source
-
-    def _model_config(self, source: Path | None) -> LlamaConfig:
-        """The checkpoint's, else the first weights', else the one that the recipe names."""
-        recipe = self.recipe
-        where = source or recipe.model.initialize_from
-        if where is None:
-            return llama_config(recipe.model, self.corpus.vocab_size)
-        if source:
-            config = LlamaConfig.from_dict(checkpoint.read_manifest(source).model_config)
-            check_buildable(config, where)
-        else:
-            config = huggingface.check_directory(where)
-        # The size is what the recipe says; all else that makes the function is what the weights say.
-        check_shape(recipe, llama_config(recipe.model, config.vocab_size), config, where)
-        return config
-
-    def _load_checkpoint(self, source: Path) -> None:
-        manifest = checkpoint.read_manifest(source)
-        check_resumable(self.recipe, self.corpus, manifest)
-        state = self.backend.state()
-        checkpoint.load(state, source, self.checkpoint_group)
-        self.step = manifest.step
-        if state["optim.step"] != self.step:
-            raise UserError(
-                f"{source} is damaged: its manifest says step {self.step}, its tensors "
-                f"{state['optim.step'].item()}; use an earlier checkpoint."
-            )
-
-    def _load_first_weights(self) -> None:
-        source, state = self.recipe.model.initialize_from, self.backend.state()
-        weights = {name[len("model.") :]: t for name, t in state.items() if name.startswith("model.")}
-        if source:
-            reader = huggingface.weights_reader(source)
-        else:
-            shapes = {name: tensor.shape for name, tensor in weights.items()}
-            reader = RandomWeights(shapes, self.recipe.seed, self.config.initializer_range)
-        checkpoint.read_weights(weights, reader, self.checkpoint_group)
 
     def _introduce(self, source: Path | None) -> None:
         recipe, say = self.recipe, self.metrics.say
