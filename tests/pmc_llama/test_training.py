@@ -1,18 +1,15 @@
 """Whole runs by the command line, on real ranks: killed, resumed, switched, and refused in words."""
 
 import fcntl
-import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,13 +21,11 @@ from data_tools.corpus import Corpus
 from data_tools.recipe import Decisions, Recipe
 from pmc_llama import cli
 from tests.data_tools.sources import simple_record, write_jsonl
+from tests.pmc_llama.runs import BIN, command_line, finish, kill, numbers, start
 from tests.pmc_llama.small import odd_config
 
-BIN = Path(sys.executable).parent
 RECIPES = Path(__file__).parents[2] / "recipes"
 STEPS = 24
-# What must not change by a bit when a run is interrupted or its backend switched.
-NUMBERS = ("step", "samples", "tokens", "loss", "learning_rate", "heldout_loss")
 
 
 @pytest.fixture(scope="module")
@@ -64,52 +59,15 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def _arguments(recipe: Path, options: dict[str, str], *more: str) -> list[str]:
-    return [str(recipe), *(word for pair in options.items() for word in pair), *more]
-
-
-def _start(arguments: list[str]) -> subprocess.Popen[str]:
-    command = [
-        BIN / "torchrun",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--module",
-        "pmc_llama.cli",
-        "train",
-    ]
-    return subprocess.Popen(
-        [*command, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def _finish(arguments: list[str]) -> str:
-    process = _start(arguments)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    return output
-
-
 def _kill_after(checkpoint: Path, arguments: list[str]) -> None:
     """Start a run and SIGKILL every process of it as soon as `checkpoint` is published."""
-    process = _start(arguments)
+    process = start(arguments)
     deadline = time.monotonic() + 240
     while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.002)
-    launcher = psutil.Process(process.pid)
-    for each in [launcher, *launcher.children(recursive=True)]:
-        each.kill()
+    kill(process)
     output, _ = process.communicate()
     assert checkpoint.exists(), output
-
-
-def _numbers(run: Path) -> list[dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{key: record[key] for key in NUMBERS} for record in map(json.loads, lines)]
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +77,7 @@ def uninterrupted(options: dict[str, str], tmp_path_factory: pytest.TempPathFact
     recipe.write_text("seed: 3\n")
     for backend in ("deepspeed", "fsdp"):
         output = str(directory / backend)
-        _finish(_arguments(recipe, options, "--backend", backend, "--output", output))
+        finish(command_line(recipe, options, "--backend", backend, "--output", output))
     return directory
 
 
@@ -131,22 +89,22 @@ def test_a_run_killed_and_resumed_has_the_numbers_of_one_that_never_was(
     uninterrupted: Path, options: dict[str, str], recipe: Path, tmp_path: Path, first: str, then: str
 ) -> None:
     run = tmp_path / "run"
-    arguments = _arguments(recipe, options, "--output", str(run), "--resume")
+    arguments = command_line(recipe, options, "--output", str(run), "--resume")
     _kill_after(run / "checkpoints" / "step-00000008", [*arguments, "--backend", first])
-    assert len(_numbers(run)) < STEPS, "the kill came too late to mean anything"
-    output = _finish([*arguments, "--backend", then])
+    assert len(numbers(run)) < STEPS, "the kill came too late to mean anything"
+    output = finish([*arguments, "--backend", then])
     assert "starting after step 8" in output or "starting after step 16" in output
-    assert _numbers(run) == _numbers(uninterrupted / first)
-    assert _numbers(run) == _numbers(uninterrupted / then)
+    assert numbers(run) == numbers(uninterrupted / first)
+    assert numbers(run) == numbers(uninterrupted / then)
 
 
 def test_a_run_lowers_its_losses_and_leaves_its_records(uninterrupted: Path) -> None:
     for backend in ("deepspeed", "fsdp"):
         run = uninterrupted / backend
-        numbers = _numbers(run)
-        assert [record["step"] for record in numbers] == list(range(1, STEPS + 1))
-        assert numbers[-1]["loss"] < numbers[0]["loss"]
-        heldout = [record["heldout_loss"] for record in numbers if record["heldout_loss"] is not None]
+        records = numbers(run)
+        assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+        assert records[-1]["loss"] < records[0]["loss"]
+        heldout = [record["heldout_loss"] for record in records if record["heldout_loss"] is not None]
         assert len(heldout) == 4  # after steps 1, 8, 16 and 24
         assert heldout[-1] < heldout[0]
         assert list(run.rglob("events.out.tfevents.*"))
@@ -162,10 +120,10 @@ def test_a_finished_run_says_so_and_trains_no_more(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(uninterrupted / "fsdp", run)
-    before = _numbers(run)
-    output = _finish(_arguments(recipe, options, "--backend", "fsdp", "--output", str(run), "--resume"))
+    before = numbers(run)
+    output = finish(command_line(recipe, options, "--backend", "fsdp", "--output", str(run), "--resume"))
     assert "nothing is left to train" in output
-    assert _numbers(run) == before
+    assert numbers(run) == before
 
 
 def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(
@@ -175,10 +133,10 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(
     shutil.copytree(uninterrupted / "fsdp", run)
     file = run / "checkpoints" / "step-00000024" / "__1_0.distcp"
     file.write_bytes(file.read_bytes()[:-10])
-    output = _finish(_arguments(recipe, options, "--backend", "fsdp", "--output", str(run), "--resume"))
+    output = finish(command_line(recipe, options, "--backend", "fsdp", "--output", str(run), "--resume"))
     assert "step-00000024 is damaged: __1_0.distcp" in output
     assert "starting after step 16" in output
-    assert _numbers(run) == _numbers(uninterrupted / "fsdp")
+    assert numbers(run) == numbers(uninterrupted / "fsdp")
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["damaged-step-00000024", "step-00000016", "step-00000024"]
 
@@ -186,7 +144,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(
 @pytest.mark.parametrize("backend", ["deepspeed", "fsdp"])
 def test_the_7b_recipe_runs_with_the_demo_model(tiny_corpus: Path, tmp_path: Path, backend: str) -> None:
     run = tmp_path / "run"
-    output = _finish(
+    output = finish(
         [
             *(str(RECIPES / "pretrain_7b.yaml"), "--backend", backend, "--output", str(run)),
             *("--model.size", "demo", "--model.initialize_from", "null", "--data.corpus", str(tiny_corpus)),
@@ -209,7 +167,7 @@ def test_hugging_face_weights_go_into_the_masters_and_out_again_unchanged(
     assert len(list((tmp_path / "source").glob("*.safetensors"))) > 1
     still = {**options, "--schedule.steps": "1", "--optimizer.learning_rate": "1e-30"}
     first = ("--model.initialize_from", str(tmp_path / "source"), "--output", str(tmp_path / "run"))
-    _finish(_arguments(recipe, still, "--backend", backend, *first))
+    finish(command_line(recipe, still, "--backend", backend, *first))
     assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--dtype", "fp32"]) == 0
     found = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
     for name, tensor in source.state_dict().items():
@@ -228,7 +186,7 @@ def test_mpirun_starts_ranks_that_find_each_other(
     clean = {
         key: value for key, value in os.environ.items() if not key.startswith(("MASTER_", "RANK", "WORLD_"))
     }
-    arguments = _arguments(recipe, options, "--backend", "deepspeed", "--output", str(run))
+    arguments = command_line(recipe, options, "--backend", "deepspeed", "--output", str(run))
     result = subprocess.run(
         [BIN / "mpiexec", "-n", "2", BIN / "pmc-llama", "train", *arguments],
         capture_output=True,
@@ -237,7 +195,7 @@ def test_mpirun_starts_ranks_that_find_each_other(
         env={**clean, "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert _numbers(run) == _numbers(uninterrupted / "deepspeed")
+    assert numbers(run) == numbers(uninterrupted / "deepspeed")
 
 
 # --- refusals: one process, one sentence, status 2 ---------------------------------------------------------
@@ -268,7 +226,7 @@ def test_what_cannot_be_run_is_refused_in_one_sentence(
     options: dict[str, str], recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], case: str
 ) -> None:
     change, expected = REFUSED[case]
-    arguments = _arguments(
+    arguments = command_line(
         recipe, {**options, **change}, "--backend", "fsdp", "--output", str(tmp_path / "run")
     )
     assert cli.main(["train", *arguments]) == 2
@@ -285,7 +243,7 @@ def test_a_run_does_not_go_back_over_its_own_later_checkpoints(
     run = uninterrupted / "fsdp"
     before = sorted((run / "checkpoints").iterdir())
     older = {**options, "--resume": str(before[0])}
-    assert cli.main(["train", *_arguments(recipe, older, "--backend", "fsdp", "--output", str(run))]) == 2
+    assert cli.main(["train", *command_line(recipe, older, "--backend", "fsdp", "--output", str(run))]) == 2
     assert "already holds checkpoints" in capfd.readouterr().err
     assert sorted((run / "checkpoints").iterdir()) == before
 
@@ -299,7 +257,8 @@ def test_two_runs_do_not_share_a_directory(
     with (run / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert (
-            cli.main(["train", *_arguments(recipe, options, "--backend", "fsdp", "--output", str(run))]) == 2
+            cli.main(["train", *command_line(recipe, options, "--backend", "fsdp", "--output", str(run))])
+            == 2
         )
     assert "another run is writing" in capfd.readouterr().err
     assert [path.name for path in run.iterdir()] == [".lock"]
@@ -323,8 +282,8 @@ def test_the_held_out_loss_is_that_of_transformers_on_the_same_weights(
     run = tmp_path / "run"
     still = {**options, "--schedule.steps": "1", "--optimizer.learning_rate": "1e-30"}
     more = ("--backend", "fsdp", "--precision.compute", "fp32", "--output", str(run))
-    start = ("--model.initialize_from", str(tmp_path / "source"))
-    assert cli.main(["train", *_arguments(recipe, still, *more, *start)]) == 0
+    source = ("--model.initialize_from", str(tmp_path / "source"))
+    assert cli.main(["train", *command_line(recipe, still, *more, *source)]) == 0
     stream = corpus.split("heldout").read([(0, 9 * 32)])[0].astype("int64")
     previous = corpus.split("heldout").read(
         [(corpus.split("heldout").tokens - 1, corpus.split("heldout").tokens)]
@@ -333,7 +292,7 @@ def test_the_held_out_loss_is_that_of_transformers_on_the_same_weights(
     with torch.no_grad():
         logits = model.eval()(inputs).logits.flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(stream))
-    assert _numbers(run)[-1]["heldout_loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert numbers(run)[-1]["heldout_loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.usefixtures("alone")
@@ -355,11 +314,11 @@ def test_a_run_is_not_resumed_as_another(
     expected: str,
 ) -> None:
     run = uninterrupted / "fsdp"
-    before = _numbers(run)
-    arguments = _arguments(recipe, {**options, **change}, "--backend", "fsdp", "--output", str(run))
+    before = numbers(run)
+    arguments = command_line(recipe, {**options, **change}, "--backend", "fsdp", "--output", str(run))
     assert cli.main(["train", *arguments]) == 2
     assert expected in capfd.readouterr().err
-    assert _numbers(run) == before
+    assert numbers(run) == before
 
 
 @pytest.mark.usefixtures("alone")
@@ -382,7 +341,7 @@ def test_a_run_is_not_resumed_on_another_corpus(
     )
     changed = {**options, "--data.corpus": str(other), "--resume": "latest"}
     run = str(uninterrupted / "fsdp")
-    assert cli.main(["train", *_arguments(recipe, changed, "--backend", "fsdp", "--output", run)]) == 2
+    assert cli.main(["train", *command_line(recipe, changed, "--backend", "fsdp", "--output", run)]) == 2
     assert "fingerprint" in capfd.readouterr().err
 
 
@@ -396,6 +355,6 @@ def test_a_truncated_token_file_is_refused_before_training(
     file.write_bytes(file.read_bytes()[:-2])
     changed = {**options, "--data.corpus": str(corpus)}
     run = tmp_path / "run"
-    assert cli.main(["train", *_arguments(recipe, changed, "--backend", "fsdp", "--output", str(run))]) == 2
+    assert cli.main(["train", *command_line(recipe, changed, "--backend", "fsdp", "--output", str(run))]) == 2
     assert file.name in capfd.readouterr().err
     assert not run.exists()
