@@ -158,12 +158,14 @@ def measured(tool: Tool, output: Path) -> Run:
             command, env={**os.environ, **tool.environment}, stdout=written, stderr=subprocess.STDOUT
         )
         watch = _Watch(process)
-        status = process.wait()
+        try:
+            status = process.wait()
+        finally:  # interrupted, the tool is interrupted, too; its watch has to be told
+            watch.stop()
     for path in output.rglob("*"):
         if path.is_file():
             _sync(path)
     seconds = perf_counter() - start
-    watch.stop()
     if status:
         sys.exit(f"{tool.name} failed with status {status}; see {log}")
     return Run(seconds, watch.largest, watch.together)

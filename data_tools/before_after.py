@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from zlib import crc32
 
 from rich.console import Console
 from rich.rule import Rule as Line
@@ -20,6 +21,8 @@ from data_tools.shards import ShardReader
 
 _REMOVED, _ADDED, _FOLDED = "red strike", "green", "dim"
 _AROUND = 8  # words shown on both sides of a change
+_FEW = 1000  # tokens that are matched in no time
+_WORDS_OF_A_STRETCH = 32
 _TOKEN = re.compile(r"\s+|\S+")
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00a0\u00ad\u2000-\u200f\u2028-\u202f\u2060-\u206f\ufeff]"
@@ -113,14 +116,50 @@ def changes(before: str, after: str) -> Iterator[tuple[str, str]]:
 
 def _changed_words(before: str, after: str) -> Iterator[tuple[str, str]]:
     old, new = _TOKEN.findall(before), _TOKEN.findall(after)
-    for kind, i, j, k, m in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        if kind == "equal":
-            yield "same", "".join(old[i:j])
+    if max(len(old), len(new)) <= _FEW:
+        yield from _compared(old, new)
+        return
+    for kind, one, other in _matched(_stretches(old), _stretches(new)):
+        removed, added = _TOKEN.findall("".join(one)), _TOKEN.findall("".join(other))
+        if kind == "replace" and max(len(removed), len(added)) <= _FEW:
+            yield from _compared(removed, added)
         else:
-            if i < j:
-                yield "removed", "".join(old[i:j])
-            if k < m:
-                yield "added", "".join(new[k:m])
+            yield from _piece(kind, one, other)
+
+
+def _compared(old: list[str], new: list[str]) -> Iterator[tuple[str, str]]:
+    for kind, removed, added in _matched(old, new):
+        yield from _piece(kind, removed, added)
+
+
+def _matched(old: list[str], new: list[str]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Two sequences of texts matched: the kind of each opcode of difflib, and what it is of both."""
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        yield kind, old[i:j], new[k:m]
+
+
+def _piece(kind: str, removed: list[str], added: list[str]) -> Iterator[tuple[str, str]]:
+    if kind == "equal":
+        yield "same", "".join(removed)
+        return
+    if removed:
+        yield "removed", "".join(removed)
+    if added:
+        yield "added", "".join(added)
+
+
+def _stretches(tokens: list[str]) -> list[str]:
+    """A long text in stretches of some thirty words.
+
+    Words that come everywhere would make matching a long text take the square of its length; stretches
+    hardly come twice. Where they end is said by the words themselves, so they are the same behind a change.
+    """
+    stretches: list[list[str]] = [[]]
+    for token in tokens:
+        stretches[-1].append(token)
+        if not token.isspace() and crc32(token.encode(errors="replace")) % _WORDS_OF_A_STRETCH == 0:
+            stretches.append([])
+    return ["".join(stretch) for stretch in stretches]
 
 
 def _summary(pieces: Sequence[tuple[str, str]]) -> str:

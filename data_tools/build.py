@@ -20,6 +20,7 @@ from data_tools.measures import Measurer
 from data_tools.parts import PartTask, add_counts, make_part
 from data_tools.progress import Progress
 from data_tools.recipe import Recipe
+from data_tools.streams import is_url
 from data_tools.tokenizer import Tokenizer
 from data_tools.workers import run
 
@@ -33,7 +34,7 @@ _UNFINISHED_FILE = re.compile(rf"\.{_PART_FILE}\.partial")
 
 
 def build(
-    inputs: Sequence[Path], tokenizer_path: Path, directory: Path, recipe: Recipe, workers: int
+    inputs: Sequence[str | Path], tokenizer_path: Path, directory: Path, recipe: Recipe, workers: int
 ) -> Manifest:
     """Build a corpus, or go on with one that was interrupted.
 
@@ -52,7 +53,7 @@ def build(
     """
     tokenizer = Tokenizer(tokenizer_path)
     files = find_inputs(inputs)
-    require_outside(files, directory)
+    require_outside(inputs, files, directory)
     groups = shards(files)
     with _held(directory):
         fixed = is_finished(directory, tokenizer, groups, recipe)
@@ -94,17 +95,22 @@ def part_tasks(
     ]
 
 
-def require_outside(files: Sequence[InputFile], directory: Path) -> None:
-    """Refuse to write a corpus among its own inputs.
+def require_outside(inputs: Sequence[str | Path], files: Sequence[InputFile], directory: Path) -> None:
+    """Refuse to write a corpus among its own inputs, where it would be found as input the next time.
 
     Raises:
-        UserError: an input lies in the output.
+        UserError: an input lies in the output, or the output in an input.
     """
     inside = os.path.join(os.path.realpath(directory), "")
     for file in files:
         if file.path.startswith(inside):
             raise UserError(
                 f"The input {file.path} lies in the output {directory}; build into another directory."
+            )
+    for path in (os.fspath(path) for path in inputs):
+        if not is_url(path) and inside.startswith(os.path.join(os.path.realpath(path), "")):
+            raise UserError(
+                f"The output {directory} lies in the input {path}; build into a directory outside of it."
             )
 
 

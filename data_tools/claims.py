@@ -26,6 +26,7 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
@@ -55,7 +56,7 @@ class Claims:
         self.owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._directory = directory
         self._stale_seconds = stale_seconds
-        self._content = json.dumps({"owner": self.owner, "host": socket.gethostname(), "pid": os.getpid()})
+        self._content = json.dumps({"owner": self.owner, "machine": _machine(), "pid": os.getpid()})
         self._offset, self._measured = 0.0, -float("inf")
         self._alive_until: dict[str, float] = {}
 
@@ -99,7 +100,12 @@ class Claims:
             descriptor = os.open(self._path(name), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return None
-        os.write(descriptor, self._content.encode())
+        try:
+            os.write(descriptor, self._content.encode())
+        except OSError:  # a full disk; the claim would be in the way until it is stale
+            os.close(descriptor)
+            self._path(name).unlink(missing_ok=True)
+            raise
         return descriptor
 
     def _is_cleared(self, name: str) -> bool:
@@ -114,7 +120,7 @@ class Claims:
         except FileNotFoundError:
             return False  # it was given up just now
         holder = _holder(content)
-        here = holder.get("host") == socket.gethostname()
+        here = holder.get("machine") == _machine()
         if now - touched < self._stale_seconds and not (here and _is_gone(holder.get("pid"))):
             if not here:  # spares the server: sooner it cannot be stale
                 self._alive_until[name] = touched + self._stale_seconds
@@ -202,8 +208,21 @@ def _holder(content: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+@cache
+def _machine() -> str:
+    """A name that two processes share if they see each other's numbers.
+
+    Machines may have one name (`localhost`), and the containers of one machine have processes of their own.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{socket.gethostname()} {secrets.token_hex(8)}"  # then claims are lost by their age alone
+
+
 def _is_gone(pid: object) -> bool:
-    """Whether no process of this machine has that number."""
+    """Whether no process that this one could see has that number."""
     if not isinstance(pid, int):
         return False
     try:

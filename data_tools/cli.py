@@ -152,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_corpus(command: argparse.ArgumentParser, run: object) -> None:
     command.set_defaults(run=run)
-    command.add_argument("corpus", type=Path, metavar="DIR", help="a corpus that `build` made")
+    command.add_argument("corpus", type=_local, metavar="DIR", help="a corpus that `build` made")
 
 
 def _add_build(command: argparse.ArgumentParser) -> None:
@@ -201,7 +201,7 @@ def _add_inspect(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_inspect)
     command.add_argument(
         "corpus",
-        type=Path,
+        type=_local,
         metavar="PATH",
         help="a corpus; with --before-after papers, as `build` takes them",
     )
@@ -249,6 +249,12 @@ def _dotted(options: argparse.Namespace) -> dict[str, str]:
         if name.startswith(_OF_RECIPE)
     }
     return {key: str(value) for key, value in given.items() if value is not None}
+
+
+def _local(value: str) -> Path:
+    if "://" in value:
+        raise argparse.ArgumentTypeError(f"{value} is not on this machine; copy it here for this command")
+    return Path(value)
 
 
 def _positive(value: str) -> int:

@@ -61,9 +61,7 @@ class TestSets:
     def __init__(self, paths: dict[str, str]) -> None:
         self.questions: list[TestQuestion] = []
         self.checksums: dict[str, str] = {}
-        runs: dict[int, list[Hashes]] = {}
-        owners: dict[int, list[NDArray[np.int32]]] = {}
-        prefixes: list[Hashes] = []
+        texts: dict[int, list[tuple[int, Hashes]]] = {}
         for name in sorted(paths):
             self.checksums[name] = _checksum(Path(paths[name]))
             questions = read_questions(Path(paths[name]))
@@ -71,14 +69,9 @@ class TestSets:
                 number = len(self.questions)
                 self.questions.append(TestQuestion(name, question.id, bool(found)))
                 for length, words in found:
-                    hashes = np.unique(ngrams(words, length))
-                    runs.setdefault(length, []).append(hashes)
-                    owners.setdefault(length, []).append(np.full(len(hashes), number, np.int32))
-                    prefixes.append(ngrams(words[: len(words) - length + FEWEST_WORDS], FEWEST_WORDS))
-        self._runs = {
-            length: _Runs(np.concatenate(runs[length]), np.concatenate(owners[length])) for length in runs
-        }
-        self._beginnings = _HashSet(np.concatenate(prefixes) if prefixes else np.empty(0, np.uint64))
+                    texts.setdefault(length, []).append((number, words))
+        self._runs = {length: _Runs(texts[length], length) for length in texts}
+        self._beginnings = _HashSet([runs.beginnings for runs in self._runs.values()])
 
     def overlaps(self, words: Hashes) -> tuple[int, ...]:
         """The numbers of the questions that a document overlaps, ascending.
@@ -123,14 +116,32 @@ def _words_of(texts: list[str]) -> list[Hashes]:
 
 
 class _Runs:
-    """Runs of one length and the questions that they are of."""
+    """Runs of one length and the questions that they are of.
 
-    def __init__(self, hashes: Hashes, owners: NDArray[np.int32]) -> None:
+    Args:
+        texts: number of the question, ascending, and words; of each text every run counts.
+        length: words of a run.
+
+    Attributes:
+        beginnings: the hash of the first `FEWEST_WORDS` words of each run.
+    """
+
+    def __init__(self, texts: list[tuple[int, Hashes]], length: int) -> None:
+        # All texts are one array of words; a run that reaches from one into the next is none.
+        words = np.concatenate([words for _, words in texts])
+        counts = np.array([len(words) - length + 1 for _, words in texts])
+        starts = np.arange(counts.sum()) + np.repeat(np.arange(len(texts)) * (length - 1), counts)
+        self.beginnings = ngrams(words, FEWEST_WORDS)[starts]
+        hashes = ngrams(words, length)[starts]
+        owners = np.repeat([number for number, _ in texts], counts)
         order = np.argsort(hashes, kind="stable")
-        distinct, firsts, counts = np.unique(hashes[order], return_index=True, return_counts=True)
+        hashes, owners = hashes[order], owners[order]
+        # A run that comes again in a question is its neighbour now.
+        new = np.append(True, (hashes[1:] != hashes[:-1]) | (owners[1:] != owners[:-1]))
+        distinct, firsts, counts = np.unique(hashes[new], return_index=True, return_counts=True)
         told = counts <= MOST_QUESTIONS
         self._hashes, self._firsts, self._ends = distinct[told], firsts[told], (firsts + counts)[told]
-        self._owners = owners[order]
+        self._owners = owners[new]
 
     def questions_with(self, hashes: Hashes) -> set[int]:
         if not len(self._hashes):
@@ -141,10 +152,10 @@ class _Runs:
 
 
 class _HashSet:
-    """A set of hashes. Tables by their first and by their last bits are asked first."""
+    """A set of the hashes in some arrays. Tables by their first and by their last bits are asked first."""
 
-    def __init__(self, hashes: Hashes) -> None:
-        self._hashes = np.sort(hashes)
+    def __init__(self, hashes: list[Hashes]) -> None:
+        self._hashes = np.sort(np.concatenate([np.empty(0, np.uint64), *hashes]))
         bits = max(8, int(len(self._hashes) * _BYTES_A_RUN).bit_length())
         self._shift, self._mask = np.uint64(64 - bits), np.uint64((1 << bits) - 1)
         self._firsts = np.zeros(1 << bits, np.bool_)

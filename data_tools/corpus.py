@@ -183,7 +183,7 @@ class Split:
             document begins in the stream; the last is `tokens`.
     """
 
-    def __init__(self, corpus: Corpus, name: str) -> None:
+    def __init__(self, corpus: Corpus, name: str, only: Positions | None = None) -> None:
         info = corpus.manifest.splits[name]
         self.corpus = corpus
         self.name = name
@@ -191,6 +191,17 @@ class Split:
         self.tokens = info.tokens
         self.file = str(corpus.manifest.path(Path(), f"{name}.npy"))
         self.starts, self._runs = self._load()
+        self._only = only
+        if only is not None:
+            self._keep(only)
+
+    def only(self, documents: Positions) -> "Split":
+        """The stream of some of the documents; its `starts` and 8 bytes a document more are in memory.
+
+        Args:
+            documents: their numbers in the split's file, int64, ascending.
+        """
+        return Split(self.corpus, self.name, documents)
 
     @property
     def positions(self) -> Positions:
@@ -224,7 +235,10 @@ class Split:
             IndexError: a range reaches outside the stream.
             UserError: a file cannot be read or is cut short.
         """
-        bounds = np.array(ranges, dtype=np.int64).reshape(-1, 2)
+        try:
+            bounds = np.array(ranges, dtype=np.int64).reshape(-1, 2)
+        except OverflowError as error:
+            raise IndexError(f"a range reaches outside a stream of {self.tokens} tokens") from error
         starts, stops = bounds[:, 0], bounds[:, 1]
         outside = (starts < 0) | (stops < starts) | (stops > self.tokens)
         if outside.any():
@@ -237,7 +251,18 @@ class Split:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A memory map would be pickled as a copy of the whole file.
-        return Split, (self.corpus, self.name)
+        return Split, (self.corpus, self.name, self._only)
+
+    def _keep(self, only: Positions) -> None:
+        """Narrow the stream that `_load` found; a run ends where a document or a part is left."""
+        places, lengths = self.positions[:-1][only], np.diff(self.starts)[only]
+        self.starts = np.cumsum(np.concatenate([[0], lengths]), dtype=np.int64)
+        self.documents, self.tokens = len(only), int(self.starts[-1])
+        parts = np.searchsorted(self.corpus.part_starts, places, side="right")
+        begins = np.ones(len(only), np.bool_)
+        begins[1:] = (places[1:] != (places + lengths)[:-1]) | (np.diff(parts) > 0)
+        runs = np.stack([self.starts[:-1][begins], places[begins]], axis=1)
+        self._runs = np.concatenate([runs, [[self.tokens, self._runs[-1, 1]]]])
 
     def _pieces(self, starts: Positions, stops: Positions) -> tuple[Positions, Positions]:
         """The ranges as starts and lengths in the concatenation of all parts, in their order."""
@@ -275,4 +300,7 @@ class Split:
                 f"{where} does not fit corpus.json: found lengths of {found} tokens, expected {expected}; "
                 "build the corpus again."
             )
+        lengths, places = np.diff(runs[:, 0]), runs[:, 1]
+        if runs[0, 0] != 0 or places[0] < 0 or (lengths <= 0).any() or (np.diff(places) < lengths).any():
+            raise UserError(f"{where} is damaged: its runs of documents overlap; build the corpus again.")
         return starts, runs

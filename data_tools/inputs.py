@@ -18,11 +18,12 @@ import xxhash
 from data_tools.errors import UserError
 from data_tools.manifest import Inputs
 from data_tools.readers import READERS, Reader, only_describes, reader_for, s2orc_2020
-from data_tools.streams import filesystem, is_url, stored_checksum
+from data_tools.streams import compression, filesystem, is_url, stored_checksum
 
 _PARTS_TO_SHARE = 64
 _FEWEST_FILES_PER_PART = 512
 _SUFFIXES_TOLD = 5
+_CACHED = re.compile(r"cache-.*\.arrow")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +55,16 @@ def find_inputs(paths: Sequence[str | Path]) -> list[InputFile]:
     Of the versions of an article (`PMC1.2`, `PMC1.1`) the newest comes first.
 
     Raises:
-        UserError: a path is missing or cannot be read, a file is a pipe or device, a file given by name has
-            an unknown suffix, a file lacks the one that it belongs with, two files would have the same name,
-            or there is nothing to read.
+        UserError: a path is empty, missing or cannot be read, a file is a pipe or device, a file given by
+            name has an unknown suffix, a file lacks the one that it belongs with, two files would have the
+            same name, or there is nothing to read.
     """
     found: dict[str, InputFile] = {}
     unknown: Counter[str] = Counter()
     links: set[str] = set()
     for path in (os.fspath(path) for path in paths):
+        if not path:
+            raise UserError("An input has no name, it is empty; give a file, a directory or a URL.")
         for file in _remote(path, unknown) if is_url(path) else _local(path, unknown, links):
             found.setdefault(file.path, file)
     _drop_strays(found)
@@ -230,11 +233,22 @@ def _file(path: str, base: str) -> InputFile:
 
 
 def _drop_strays(found: dict[str, InputFile]) -> None:
-    """Keep of a `datasets` directory the tables that its `state.json` lists; others are left-overs.
+    """Keep of a `datasets` directory its data, not what `map` and `filter` cached of it.
+
+    Where there is a `state.json`, the data are the tables that it lists.
 
     Raises:
         UserError: a table is missing, or the list cannot be read.
     """
+    cached = [path for path in found if _is_cached(path, found)]
+    for path in cached:
+        del found[path]
+    if cached:
+        print(
+            f"{len(cached)} files such as {cached[0]} were passed over: `datasets` keeps in them what it "
+            "made of the data beside them; name one as input to read it.",
+            file=sys.stderr,
+        )
     for state in [path for path in found if path.endswith("/state.json")]:
         directory = state.removesuffix("state.json")
         if directory + "dataset_info.json" not in found:
@@ -246,6 +260,11 @@ def _drop_strays(found: dict[str, InputFile]) -> None:
         for path in [path for path in found if path.endswith(".arrow")]:
             if path.rpartition("/")[0] + "/" == directory and path not in tables:
                 del found[path]
+
+
+def _is_cached(path: str, found: Mapping[str, InputFile]) -> bool:
+    directory, _, name = path.rpartition("/")
+    return bool(_CACHED.fullmatch(name)) and f"{directory}/dataset_info.json" in found
 
 
 def _tables(state: str) -> list[str]:
@@ -264,13 +283,18 @@ def _paired(found: Mapping[str, InputFile]) -> Iterator[InputFile]:
     """The sources of papers, each with its companion.
 
     Raises:
-        UserError: one of two files that belong together is missing.
+        UserError: one of two files that belong together is missing, or a file is compressed that must not.
     """
     taken = set()
     for path, file in found.items():
         if only_describes(path) or s2orc_2020.is_metadata(path):
             continue
         reader = known_reader(path)
+        if compression(path) and not reader.compressible:
+            raise UserError(
+                f"{path} is compressed as a whole, but is read from its end; decompress it (Parquet is "
+                "compressed inside)."
+            )
         candidates = reader.companions(path)
         beside = next((place for place in candidates if place in found), None)
         if beside is None:

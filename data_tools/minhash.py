@@ -59,7 +59,8 @@ def _low_in_their_bins(shingles: Hashes) -> Hashes:
     if len(shingles) <= VALUES * _FEW:
         return shingles
     heights = (shingles >> np.uint64(32)).astype(np.uint32) * np.uint32(VALUES)  # modulo 2^32
-    return shingles[heights < np.uint32(VALUES * _FEW * 2**32 // len(shingles))]
+    low = heights < np.uint32(VALUES * _FEW * 2**32 // len(shingles))
+    return shingles[np.flatnonzero(low)]  # half the time of `shingles[low]`
 
 
 def _smallest(shingles: Hashes) -> tuple[Signatures, NDArray[np.bool_]]:

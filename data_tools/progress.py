@@ -51,7 +51,7 @@ class Progress:
         """Note how many records and input bytes a task has behind it."""
         self._done[task] = (records, size)
         now = monotonic()
-        if not self._console.is_terminal and now - self._last_line >= _SECONDS_BETWEEN_LINES:
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES and not self._console.is_terminal:
             self._last_line = now
             self._console.print(self.line(), highlight=False, soft_wrap=True)
 

@@ -6,6 +6,7 @@ tenth of a plain build of 128 MB, and it does not know the parameters of a rule.
 
 import difflib
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -18,6 +19,9 @@ from data_tools.errors import UserError
 from data_tools.recipe import Recipe
 from data_tools.rules import RULES
 
+_repr = reprlib.Repr()
+_repr.maxlevel = 2
+_repr.maxstring = _repr.maxother = _repr.maxlong = 80
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
 
 
@@ -48,10 +52,7 @@ def changed(recipe: Any, options: Mapping[str, str], prefix: str = "") -> Any:
     """
     for key, value in options.items():
         where = f"the option --{key}"
-        try:
-            tree: Any = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"The value {value!r} of {where} is not YAML.") from error
+        tree = _parsed(value, f"The value {_shown(value)} of {where}")
         for name in reversed(key.removeprefix(prefix).split(".")):
             tree = {name: tree}
         recipe = _updated(recipe, tree, where, prefix)
@@ -85,19 +86,35 @@ class _Loader(yaml.SafeLoader):
 
 def _content(path: Path) -> Any:
     try:
-        content = _Loader(path.read_bytes()).get_single_data()
+        written = path.read_bytes()
     except OSError as error:
         raise UserError(f"The recipe {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"The recipe {path} is not YAML: {' '.join(str(error).split())}.") from error
+    content = _parsed(written, f"The recipe {path}")
     return {} if content is None else content
+
+
+def _parsed(written: str | bytes, what: str) -> Any:
+    """The content of YAML.
+
+    Raises:
+        UserError: it is none; the sentence begins with `what`.
+    """
+    try:
+        return _Loader(written).get_single_data()
+    except Exception as error:  # values that are not of their tag, `!!int x`, raise almost anything
+        raise UserError(f"{what} is not YAML: {' '.join(str(error).split())}.") from error
+
+
+def _shown(value: Any) -> str:
+    """A value in a sentence; aliases can make it endless."""
+    return _repr.repr(value)
 
 
 def _updated(section: Any, content: Any, where: str, prefix: str) -> Any:
     """A dataclass with the values of a mapping, all checked."""
     if not isinstance(content, dict):
         name = prefix.rstrip(".") or "a recipe"
-        raise UserError(f"{_capital(where)}: {name} has to be keys with values, not {content!r}.")
+        raise UserError(f"{_capital(where)}: {name} has to be keys with values, not {_shown(content)}.")
     hints = get_type_hints(type(section))
     values = {}
     for key, value in content.items():
@@ -116,7 +133,7 @@ def _updated(section: Any, content: Any, where: str, prefix: str) -> Any:
 
 def _value(hint: Any, value: Any, where: str, name: str) -> Any:
     if not _fits(hint, value):
-        raise UserError(f"{_capital(where)}: {name} is {value!r}; expected {_described(hint)}.")
+        raise UserError(f"{_capital(where)}: {name} is {_shown(value)}; expected {_described(hint)}.")
     return float(value) if float in (hint, *get_args(hint)) and type(value) is int else value
 
 
@@ -153,7 +170,7 @@ def _described(hint: Any) -> str:
 def _rules(content: Any, where: str) -> list[dict[str, Any]]:
     """The rules as written; RULES_VERSION stands for the defaults of what is not."""
     if not isinstance(content, list):
-        raise UserError(f"{_capital(where)}: rules is {content!r}; expected a list of rules.")
+        raise UserError(f"{_capital(where)}: rules is {_shown(content)}; expected a list of rules.")
     return [_rule(rule, where, number) for number, rule in enumerate(content, start=1)]
 
 
@@ -162,7 +179,9 @@ def _rule(content: Any, where: str, number: int) -> dict[str, Any]:
     if isinstance(content, str):
         content = {"rule": content}
     if not isinstance(content, dict) or not isinstance(content.get("rule"), str):
-        raise UserError(f"{place} is {content!r}; expected a name, or `rule: NAME` with its parameters.")
+        raise UserError(
+            f"{place} is {_shown(content)}; expected a name, or `rule: NAME` with its parameters."
+        )
     name = content["rule"]
     if name not in RULES:
         raise UserError(

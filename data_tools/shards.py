@@ -51,7 +51,7 @@ class ShardReader:
     def _read(self, file: InputFile) -> Iterator[Paper | Rejected]:
         parts = file.parts()
         with ExitStack() as stack:
-            self._open = [stack.enter_context(opened(part.path)) for part in parts]
+            self._open = [stack.enter_context(opened(part.path, part.name)) for part in parts]
             companion = self._open[1] if file.companion else None
             yield from known_reader(file.path).read(self._open[0], file.name, companion)
             for part, opened_part in zip(parts, self._open, strict=True):

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic, sleep
@@ -54,6 +54,10 @@ _SECONDS_BETWEEN_LOOKS = 2.0
 
 class _OtherFailed(UserError):
     """Another process of the build has failed."""
+
+
+class _OvertakenError(Exception):
+    """Another process of the build took this one for lost and does its work."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def build_shared(
     """
     tokenizer = Tokenizer(tokenizer_path)
     files = find_inputs(inputs)
-    require_outside(files, directory)
+    require_outside(inputs, files, directory)
     groups = shards(files)
     with held(directory, fcntl.LOCK_SH):
         fixed = is_finished(directory, tokenizer, groups, recipe)
@@ -254,12 +258,13 @@ def _make(task: _Claimed, report: Report) -> Part:
     with _told_to_all(task.part.directory):
         found = find_part(task.part, tokenizer, task.begin)
         if found is not None:
-            os.utime(record_path(task.part))  # so the others need not look it over again
+            with suppress(OSError):  # the file may be another user's
+                os.utime(record_path(task.part))  # so the others need not look it over again
             return found
         # Before the part's files change. (Stopped right here and overtaken, this process would make the part
         # once more; killed then, it would leave the finished corpus without a record, for the next build.)
-        record_path(task.part).unlink(missing_ok=True)
         try:
+            record_path(task.part).unlink(missing_ok=True)
             task.work.mkdir()
             part = write_part(replace(task.part, directory=task.work), tokenizer, report)
             _publish(task, part)
@@ -296,10 +301,12 @@ def _once(
         if claim is None:
             sleep(pause)
             continue
-        with claim:
+        with claim, _told_to_all(parts):
             if not done():
-                with _told_to_all(parts):
+                try:
                     act()
+                except _OvertakenError:
+                    continue
                 return True
     return False
 
@@ -307,7 +314,13 @@ def _once(
 def _finalize(
     directory: Path, made: Sequence[Part], claims: Claims, tokenizer: Tokenizer, recipe: Recipe
 ) -> None:
-    """Finalize in a directory of this process, where `parts` is a link, and move the result to its place."""
+    """Finalize in a directory of this process, where `parts` is a link, and move the result to its place.
+
+    Raises:
+        UserError: the corpus cannot be finalized.
+        OSError: files cannot be written.
+        _OvertakenError: another process took this one for lost and removed what it had done.
+    """
     parts = directory / "parts"
     counts = add_counts([part.counts for part in made])
     remove_others(parts, {part.info.name for part in made} if counts.kept else set())
@@ -324,7 +337,11 @@ def _finalize(
         sync(directory)
         os.replace(work / "corpus.json", directory / "corpus.json")
         sync(directory)
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if not work.exists():
+            raise _OvertakenError from error
+        if isinstance(error, OSError):
+            raise
         raise UserError(str(error).replace(str(work), str(directory))) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -352,8 +369,9 @@ def _told_to_all(parts: Path) -> Iterator[None]:
     except UserError as error:
         path = parts / _FAILED
         written = path.with_name(f"{_FAILED}.{os.uname().nodename}-{os.getpid()}")
-        written.write_text(json.dumps({"sentence": str(error), "host": os.uname().nodename}))
-        os.replace(written, path)
+        with suppress(OSError):  # a full disk is a failure, too; the others meet it themselves
+            written.write_text(json.dumps({"sentence": str(error), "host": os.uname().nodename}))
+            os.replace(written, path)
         raise
 
 

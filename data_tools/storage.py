@@ -96,10 +96,14 @@ class Storage(Protocol):
 def storage(location: str | os.PathLike[str]) -> Storage:
     """The storage of a corpus in a directory or at a URL, such as `s3://bucket/corpus`.
 
+    A `file://` URL is the directory.
+
     Raises:
-        UserError: the protocol of the URL is unknown, or its package is not installed.
+        UserError: the protocol of the URL is unknown, its package is not installed, or it holds a password.
     """
     text = os.fspath(location)
+    if text.startswith("file://"):
+        text = str(filesystem(text)[1])
     return UrlStorage(text) if is_url(text) else DirectoryStorage(Path(text))
 
 

@@ -6,10 +6,12 @@ the latest when the end is reached; never a silent end.
 
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
+from urllib.parse import urlsplit
 
 import xxhash
 import zstandard
@@ -27,6 +29,7 @@ _PIECE = 1 << 18
 _ZSTD_READ = 1 << 14
 _ZSTD_WINDOW = 1 << 31  # what `zstd --long=31` writes
 _URL_BLOCK = 1 << 23
+_WITH_PASSWORD = re.compile("//.*@", re.DOTALL)
 
 
 class DamagedFile(UserError):
@@ -42,9 +45,10 @@ def filesystem(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the path in it.
 
     Raises:
-        UserError: the protocol is unknown, its package is not installed or lacks a setting, or the URL is a
-            chain such as `zip://a.jsonl::b.zip`.
+        UserError: the protocol is unknown, its package is not installed or lacks a setting, the URL holds a
+            password, or it is a chain such as `zip://a.jsonl::b.zip`.
     """
+    refuse_password(url)
     if "::" in url:
         raise UserError(f"The input {url} is a chain of URLs, which is not read; unpack the archive first.")
     try:
@@ -54,6 +58,23 @@ def filesystem(url: str) -> tuple[Any, str]:
         return cast(tuple[Any, str], fsspec.core.url_to_fs(url))
     except (ImportError, ValueError, TypeError) as error:
         raise UserError(f"The input {url} cannot be read: {error}.") from error
+
+
+def refuse_password(url: str) -> None:
+    """Refuse what would be shown in messages and written into records.
+
+    Raises:
+        UserError: the URL holds a password, or a web page's user; the sentence does not.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # it is no URL, as whoever opens it will say
+        return
+    if parts.password is not None or (parts.username and parts.scheme in ("http", "https")):
+        raise UserError(
+            f"The URL {_WITH_PASSWORD.sub('//', url)} was given with a password; give it without, and the "
+            "password where the client of its protocol looks for one (~/.netrc, fsspec's configuration)."
+        )
 
 
 class Readable(Protocol):
@@ -71,10 +92,10 @@ class InputStream(io.BufferedReader):
         path: of the file, or its URL.
     """
 
-    def __init__(self, stored: Readable, path: str) -> None:
+    def __init__(self, stored: Readable, path: str, named: str) -> None:
         self.path = path
         self._stored = _Stored(stored)
-        super().__init__(_decompressed(self._stored, path), _BUFFER)
+        super().__init__(_decompressed(self._stored, named), _BUFFER)
 
     @property
     def position(self) -> int:
@@ -89,8 +110,12 @@ class InputStream(io.BufferedReader):
 
 
 @contextmanager
-def opened(path: str) -> Iterator[InputStream]:
+def opened(path: str, name: str = "") -> Iterator[InputStream]:
     """Open a file, local or at a URL, for one pass.
+
+    Args:
+        path: of the file, or its URL.
+        name: for what is said of the file, with the same suffixes; the path when not given.
 
     Raises:
         DamagedFile: while it is read, or at its end.
@@ -98,7 +123,7 @@ def opened(path: str) -> Iterator[InputStream]:
         OSError: the file cannot be read.
     """
     with _open(path) as stored:
-        yield InputStream(stored, path)
+        yield InputStream(stored, path, name or path)
 
 
 def stored_checksum(path: str) -> str:
@@ -178,20 +203,20 @@ class _Stored(_Raw):
         return size
 
 
-def _decompressed(stored: _Stored, path: str) -> io.RawIOBase:
-    match compression(path):
+def _decompressed(stored: _Stored, name: str) -> io.RawIOBase:
+    match compression(name):
         case ".gz" | ".tgz":
-            return _Gunzipped(stored, path)
+            return _Gunzipped(stored, name)
         case ".zst":
-            return _Unzstd(stored, path)
+            return _Unzstd(stored, name)
     return stored
 
 
 class _Gunzipped(_Raw):
     """The content of a gzip file of one or more members."""
 
-    def __init__(self, stored: _Stored, path: str) -> None:
-        self._path = path
+    def __init__(self, stored: _Stored, name: str) -> None:
+        self._name = name
         self._stored = stored
         self._file = cast(Readable, igzip.open(stored, "rb"))
 
@@ -199,9 +224,9 @@ class _Gunzipped(_Raw):
         try:
             size = self._file.readinto(buffer) or 0
         except (gzip.BadGzipFile, EOFError, zlib.error, _ISAL_ERROR) as error:
-            raise _damaged(self._path, "gzip", str(error)) from error
+            raise _damaged(self._name, "gzip", str(error)) from error
         if not self._stored.bytes:
-            raise _damaged(self._path, "gzip", "it is empty")
+            raise _damaged(self._name, "gzip", "it is empty")
         return size
 
 
@@ -212,8 +237,8 @@ class _Unzstd(_Raw):
     that is cut within a frame for whole.
     """
 
-    def __init__(self, stored: _Stored, path: str) -> None:
-        self._path = path
+    def __init__(self, stored: _Stored, name: str) -> None:
+        self._name = name
         self._stored = stored
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
         self._frame = self._decompressor.decompressobj()
@@ -225,7 +250,7 @@ class _Unzstd(_Raw):
             block = self._stored.read(_ZSTD_READ)
             if not block:
                 if self._within or not self._stored.bytes:
-                    raise _damaged(self._path, "zstd", "it is cut short" if self._within else "it is empty")
+                    raise _damaged(self._name, "zstd", "it is cut short" if self._within else "it is empty")
                 return 0
             self._ready = memoryview(self._decompress(block))
         size = min(len(buffer), len(self._ready))
@@ -243,9 +268,9 @@ class _Unzstd(_Raw):
                 if self._frame.eof:
                     self._frame = self._decompressor.decompressobj()
         except zstandard.ZstdError as error:
-            raise _damaged(self._path, "zstd", str(error)) from error
+            raise _damaged(self._name, "zstd", str(error)) from error
         return b"".join(pieces)
 
 
-def _damaged(path: str, kind: str, error: str) -> DamagedFile:
-    return DamagedFile(f"{path} is not a readable {kind} file ({error}); download it again.")
+def _damaged(name: str, kind: str, error: str) -> DamagedFile:
+    return DamagedFile(f"{name} is not a readable {kind} file ({error}); download it again.")

@@ -1,5 +1,6 @@
 """Verification of a corpus: every byte against its checksum, every index, and a sample of documents."""
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from data_tools.corpus import Corpus, Split
 from data_tools.documents import read_documents, table_path, text_hash
 from data_tools.errors import UserError
 from data_tools.files import checksum
-from data_tools.manifest import PART_FILES, FileInfo
+from data_tools.manifest import PART_FILES, FileInfo, counts_from_json, part_from_json
 from data_tools.progress import Progress
 from data_tools.splits import read_reasons
 from data_tools.token_files import TokenFile
@@ -50,6 +51,7 @@ def verify(directory: Path) -> Verified:
         _check_split(corpus.split(name))
     _check_reasons(corpus)
     sampled = [_check_part(corpus, number, tokenizer) for number in range(len(corpus.manifest.parts))]
+    _check_records(corpus)
     return Verified(
         files=len(files),
         bytes=sum(info.bytes for info in files.values()),
@@ -103,6 +105,26 @@ def _check_reasons(corpus: Corpus) -> None:
     found = np.bincount(reasons, minlength=len(manifest.decisions) + 1).tolist()
     if found != [counted, *(decision.documents for decision in manifest.decisions)]:
         raise UserError(f"{path} is damaged: its reasons are not those that corpus.json counts.")
+
+
+def _check_records(corpus: Corpus) -> None:
+    """Check the records of the parts, from which decisions are taken again and a build goes on."""
+    read = 0
+    for part in corpus.manifest.parts:
+        path = corpus.directory / "parts" / f"{part.name}.json"
+        try:
+            content = json.loads(path.read_bytes())
+            same = part_from_json(content["part"]) == part
+            read += counts_from_json(content["counts"]).read
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            same = False
+        if not same:
+            raise UserError(f"{path} is damaged: it is not the record of its part; build it again.")
+    if read != corpus.manifest.counts.read:
+        raise UserError(
+            f"The records of the parts of {corpus.directory} count {read} papers that were read, corpus.json "
+            f"{corpus.manifest.counts.read}; build it again."
+        )
 
 
 def _check_part(corpus: Corpus, number: int, tokenizer: Tokenizer) -> tuple[int, int]:

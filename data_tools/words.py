@@ -9,7 +9,7 @@ Lea & Flood 2014); a word of more than 32 bytes by XXH3. Other byte strings are 
 2^64 (Rabin & Karp 1987), which running sums give for all of them.
 """
 
-from functools import cache, lru_cache
+from functools import cache
 
 import numpy as np
 import xxhash
@@ -35,7 +35,7 @@ def _powers(base: int) -> Hashes:
 
 
 _FIRST_BYTES = np.array([(1 << 8 * count) - 1 for count in range(9)], np.uint64)
-"""Masks of the first 0 to 8 bytes of a little-endian number."""
+"""Masks of the first 0 to 8 bytes of a little-endian number; `take` with "clip" gives the last for more."""
 _POWERS = _powers(_MULTIPLIER)
 _INVERSES = _powers(pow(_MULTIPLIER, -1, 1 << 64))
 
@@ -60,12 +60,21 @@ def word_hashes(text: str) -> Hashes:
     return np.concatenate(found) if found else np.empty(0, np.uint64)
 
 
-@lru_cache(maxsize=1)
-def hashed_words(text: str) -> Hashes:
-    """`word_hashes` of a text, read-only and kept for the next that asks: rules and measures see the same."""
-    words = word_hashes(text)
-    words.setflags(write=False)
-    return words
+class _LastWords:
+    """The words of the text that was asked for last: rules and measures ask for the same."""
+
+    def __init__(self) -> None:
+        self._text, self._words = "", np.empty(0, np.uint64)
+
+    def __call__(self, text: str) -> Hashes:
+        if text != self._text:
+            self._text, self._words = text, word_hashes(text)
+            self._words.setflags(write=False)
+        return self._words
+
+
+hashed_words = _LastWords()
+"""`word_hashes` of a text, read-only. To compare a text with the last one takes less than to hash it."""
 
 
 def ngrams(words: Hashes, n: int) -> Hashes:
@@ -142,14 +151,14 @@ def _block_hashes(content: NDArray[np.uint8]) -> Hashes:
     inside = np.zeros(len(content) - 6, np.bool_)
     np.not_equal(content[:-8], 0, out=inside[1:-1])
     edges = np.flatnonzero(inside[1:] != inside[:-1])
-    starts, ends = edges[::2].copy(), edges[1::2]
+    starts, ends = edges[::2], edges[1::2]
     lengths = ends - starts
     eights: Hashes = np.ndarray((len(content) - 7,), "<u8", content, strides=(1,))
     # A word has no zero byte, so eight bytes at most, filled up with zeros, are no other word's.
-    hashes = mix(eights[starts] & _FIRST_BYTES[np.minimum(lengths, 8)])
+    hashes = mix(eights[starts] & _FIRST_BYTES.take(lengths, mode="clip"))
     longer = np.flatnonzero(lengths > 8)
     for offset in range(8, _LONG, 8):
-        rest = eights[starts[longer] + offset] & _FIRST_BYTES[np.minimum(lengths[longer] - offset, 8)]
+        rest = eights[starts[longer] + offset] & _FIRST_BYTES.take(lengths[longer] - offset, mode="clip")
         hashes[longer] = mix(hashes[longer] + rest)
         longer = longer[lengths[longer] > offset + 8]
     for place in longer.tolist():

@@ -80,11 +80,22 @@ def run_from(
     pool: list[_Worker] = []
     try:
         with _interruptions_held_back():
-            pool += [_Worker(function) for _ in range(workers)]
+            for number in range(workers):
+                pool.append(_started(function, number, workers))
         _run_on(pool, source, on_report)
     finally:
         for worker in pool:
             worker.stop()
+
+
+def _started(function: Callable[[Any, Report], Any], number: int, workers: int) -> "_Worker":
+    try:
+        return _Worker(function)
+    except OSError as error:
+        raise UserError(
+            f"Only {number} of {workers} worker processes could be started ({error.strerror}); run the same "
+            "command again with fewer --workers."
+        ) from error
 
 
 class _Listed:

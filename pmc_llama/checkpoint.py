@@ -20,7 +20,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from data_tools.errors import UserError
 from data_tools.files import checksum, sync
+from pmc_llama.checksummed_files import ChecksummedFiles
+from pmc_llama.checksummed_files import FileTable as FileTable
 from pmc_llama.progress import ByteProgress
+from pmc_llama.snapshot import local_bytes
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
@@ -31,7 +34,6 @@ _REPLACED = ".replaced-"
 _REMOVING = ".removing-"
 _DAMAGED = "damaged-"
 
-FileTable = dict[str, dict[str, Any]]
 Result = TypeVar("Result")
 
 
@@ -40,19 +42,25 @@ class Manifest:
     """What a checkpoint is, beside its tensors.
 
     Args:
-        step: optimizer steps made.
+        step: steps made.
+        updates: of those, how many changed the weights; the others were skipped.
         samples: sequences consumed; with the corpus and the recipe, the whole state of the data.
-        tokens: inputs consumed (`samples` times the sequence length).
+        tokens: inputs consumed, padding included.
+        data: how the samples came, and what of each corpus they covered (`TrainingData.history`).
+        guard: what the numerical guard remembers (`Guard.state`).
         recipe: the recipe that made it, as plain data.
         model_config: the transformers configuration, as plain data.
-        corpus: fingerprint of the corpus.
+        corpus: fingerprint of the corpus, or of a blend's first.
         versions: of the packages that wrote it.
         files: `bytes` and `xxh3_128` of every other file of the directory.
     """
 
     step: int
+    updates: int
     samples: int
     tokens: int
+    data: dict[str, Any]
+    guard: dict[str, Any]
     recipe: dict[str, Any]
     model_config: dict[str, Any]
     corpus: str
@@ -73,7 +81,7 @@ def save(
     """Write a checkpoint aside and publish it. Collective over `group`.
 
     Args:
-        state: of a backend (`Backend.state`).
+        state: of a backend (`Backend.state`), or a copy of it (`Snapshot.take`).
         root: the run's `checkpoints` directory, on a filesystem that all ranks share.
         describe: makes the manifest from the table of files.
         tokenizer: the SentencePiece model, kept with the weights so that an export needs nothing else.
@@ -83,28 +91,69 @@ def save(
         The published directory.
 
     Raises:
-        UserError: on every rank, when the disk refuses on any (full, read-only).
+        UserError: on every rank, when the disk refuses on any (full, read-only). Nothing half-written stays,
+            and earlier checkpoints are as they were.
     """
     aside = root / _ASIDE
-    _on_first_rank(group, lambda: _prepare(aside, tokenizer))
+    files = ChecksummedFiles(_progress(state, root, group))
     try:
-        dcp.save(dict(state), storage_writer=FileSystemWriter(aside), process_group=group)
-    except CheckpointException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        free = shutil.disk_usage(root).free
-        raise UserError(
-            f"The checkpoint could not be written to {root}, where {free / 1e9:.2f} GB are free now: "
-            f"{_cause(error)}. Make room, then go on with --resume."
-        ) from error
-    files = _checksum_together(aside, group)
-    return _on_first_rank(group, lambda: _publish(aside, root, describe(files)))
+        on_first_rank(group, lambda: _prepare(aside, tokenizer, files))
+        _write_together(state, aside, files, group)
+        tables: list[FileTable] = [{}] * dist.get_world_size(group)
+        dist.all_gather_object(tables, files.table, group)
+        table = {name: entry for part in tables for name, entry in part.items()}
+        return on_first_rank(group, lambda: _publish(aside, root, describe(table)))
+    except UserError:
+        # One rank removes: the others might meet the directory of the next attempt.
+        if dist.get_rank(group) == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
-def _prepare(aside: Path, tokenizer: Path) -> None:
+def _prepare(aside: Path, tokenizer: Path, files: ChecksummedFiles) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    shutil.copyfile(tokenizer, aside / TOKENIZER)
-    sync(aside / TOKENIZER)
+    sync(aside.parent.parent)  # which may just have got the directory of checkpoints
+    with files.create_stream(aside / TOKENIZER, "wb") as copy:
+        copy.write(tokenizer.read_bytes())
+
+
+def _write_together(
+    state: Mapping[str, Tensor], aside: Path, files: ChecksummedFiles, group: dist.ProcessGroup
+) -> None:
+    # `files` syncs. Copying ahead is for tensors on a GPU, and would use its default stream from any thread.
+    writer = FileSystemWriter(aside, sync_files=False, per_thread_copy_ahead=0)
+    writer.fs = files
+    try:
+        dcp.save(dict(state), storage_writer=writer, process_group=group)
+    except CheckpointException as error:
+        raise UserError(
+            f"The checkpoint could not be written to {aside.parent}{_room(aside.parent)}: {_cause(error)}; "
+            "free or mend the disk."
+        ) from error
+
+
+def _room(directory: Path) -> str:
+    try:
+        return f", where {shutil.disk_usage(directory).free / 1e9:.2f} GB are free now"
+    except OSError:
+        return ", which cannot be reached"
+
+
+def _progress(state: Mapping[str, Tensor], root: Path, group: dist.ProcessGroup) -> Callable[[int], None]:
+    """Tells how far a long save is, by the part of the rank that speaks."""
+    if dist.get_rank(group) != 0:
+        return lambda _: None
+    left = total = sum(local_bytes(tensor) for tensor in state.values())
+    progress = ByteProgress(f"writing rank 0's part of a checkpoint to {root}", total)
+
+    def count(written: int) -> None:
+        nonlocal left
+        told = max(0, min(written, left - 1))  # never the whole: who saves says when it is done
+        left -= told
+        progress.advance(told)
+
+    return count
 
 
 def _publish(aside: Path, root: Path, manifest: Manifest) -> Path:
@@ -114,9 +163,15 @@ def _publish(aside: Path, root: Path, manifest: Manifest) -> Path:
     sync(aside)
     final = root / f"step-{manifest.step:08d}"
     replaced = root / f"{_REPLACED}{final.name}"
-    if final.exists():  # `tidy` puts it back if the next line is the last that runs
+    if final.exists():
         final.rename(replaced)
-    aside.rename(final)
+    try:
+        aside.rename(final)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(final)
+        raise
+    # Killed before here, `tidy` of the next start puts the replaced one back.
     sync(root)
     shutil.rmtree(replaced, ignore_errors=True)
     return final
@@ -165,10 +220,10 @@ def newest_sound(root: Path, group: dist.ProcessGroup, say: Callable[[str], None
         UserError: there are checkpoints and all of them are damaged.
     """
     damaged: list[Path] = []
-    for path in reversed(_on_first_rank(group, lambda: list_checkpoints(root))):
+    for path in reversed(on_first_rank(group, lambda: list_checkpoints(root))):
         damage = verify_together(path, group)
         if damage is None:
-            _on_first_rank(group, lambda: _set_aside(damaged))
+            on_first_rank(group, lambda: _set_aside(damaged))
             return path
         say(f"{damage}; going on from the checkpoint before it")
         damaged.append(path)
@@ -274,21 +329,6 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _checksum_together(directory: Path, group: dist.ProcessGroup) -> FileTable:
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    names = sorted(path.name for path in directory.iterdir())
-    mine = {
-        name: {
-            "bytes": (directory / name).stat().st_size,
-            "xxh3_128": checksum(directory / name),
-        }
-        for name in names[rank::world_size]
-    }
-    tables: list[FileTable] = [{}] * world_size
-    dist.all_gather_object(tables, mine, group)
-    return {name: entry for table in tables for name, entry in table.items()}
-
-
 def _verify_file(
     directory: Path, name: str, expected: dict[str, Any], count: Callable[[int], None] = lambda _: None
 ) -> None:
@@ -304,16 +344,27 @@ def _verify_file(
         raise UserError(f"checkpoint {directory} is damaged: the content of {name} fails its checksum")
 
 
-def _on_first_rank(group: dist.ProcessGroup, action: Callable[[], Result]) -> Result:
-    """Run `action` on rank 0 and give its result, or the trouble it had with the disk, to every rank."""
+def on_first_rank(group: dist.ProcessGroup, action: Callable[[], Result]) -> Result:
+    """Run `action` on rank 0 and give its result to every rank. Collective over `group`.
+
+    Raises:
+        UserError: on every rank, the trouble that rank 0 had with the disk.
+        RuntimeError: on the other ranks, when rank 0 failed of anything else.
+    """
     outcome: list[Any] = [None, None]
+    own: Exception | None = None
     if dist.get_rank(group) == 0:
         try:
             outcome[0] = action()
         except OSError as error:
-            outcome[1] = f"{error.filename or 'checkpoint'}: {error.strerror or error}; free or mend the disk"
+            sentence = f"{error.filename or 'checkpoint'}: {error.strerror or error}; free or mend the disk."
+            outcome[1], own = UserError(sentence), error
+        except Exception as error:
+            outcome[1], own = RuntimeError(f"rank 0 failed: {error!r}"), error
     dist.broadcast_object_list(outcome, group=group, group_src=0)
+    if own and not isinstance(own, OSError):
+        raise own
     if outcome[1]:
-        raise UserError(outcome[1])
+        raise outcome[1] from own
     result: Result = outcome[0]
     return result

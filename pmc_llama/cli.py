@@ -26,8 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; those of the process when None.
 
     Returns:
-        Exit status: 0, 2 for what the user can mend, told in one sentence on stderr, 130 when interrupted, 1
-        on a rank that fails because another did.
+        Exit status: 0, 2 for what the user can mend, told in one sentence on stderr, 75 of a run that was
+        asked to stop and goes on with --resume, 130 when interrupted, 1 on a rank that fails because another
+        did.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise UserError(f"unknown command {command}; expected one of {', '.join(COMMANDS)}")
-        COMMANDS[command](rest)
+        return COMMANDS[command](rest) or 0
     except UserError as error:
         if command != "train" or _first_to_fail():
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -52,10 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command == "train" and not _first_to_fail():
             return 1  # of a peer that is gone, which says why
         raise
-    return 0
 
 
-def train(arguments: Sequence[str]) -> None:
+def train(arguments: Sequence[str]) -> int:
     """Train a model as a recipe says, on the ranks that torchrun, srun or mpirun started, or alone."""
     from pmc_llama.recipe_file import RecipeParser, recipe_path
 
@@ -71,13 +71,13 @@ def train(arguments: Sequence[str]) -> None:
     recipe, options = parser.read(arguments)
     if options["print_config"]:
         print(yaml.safe_dump(plain(recipe), sort_keys=False), end="")
-        return
+        return 0
 
     import psutil
 
     from pmc_llama import trainer
 
-    trainer.train(recipe, options["resume"], psutil.Process().create_time())
+    return trainer.train(recipe, options["resume"], psutil.Process().create_time())
 
 
 def compare(arguments: Sequence[str]) -> None:
@@ -163,7 +163,7 @@ def checkpoint(arguments: Sequence[str]) -> None:
         )
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "train": train,
     "compare": compare,
     "export": export,
@@ -208,7 +208,7 @@ def _help() -> str:
     return "\n".join([USAGE, "", *lines, "", "`pmc-llama COMMAND --help` says more."])
 
 
-def _summary(command: Callable[[Sequence[str]], None]) -> str:
+def _summary(command: Callable[[Sequence[str]], int | None]) -> str:
     return (command.__doc__ or "").partition("\n")[0]
 
 

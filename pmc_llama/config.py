@@ -30,19 +30,46 @@ class ModelConfig:
 
 
 @dataclass
+class CorpusConfig:
+    """One corpus of a blend.
+
+    Args:
+        path: see `data.corpus`.
+        weight: samples come from the corpora in the ratio of these whole numbers.
+        grown: see `data.grown`.
+        grown_from: see `data.grown_from`.
+    """
+
+    path: str
+    weight: int = 1
+    grown: Literal["all", "new"] | None = None
+    grown_from: str | None = None
+
+
+@dataclass
 class DataConfig:
     """Which tokens, in which regime.
 
     Args:
-        corpus: a directory made by `pmc-data build`.
+        corpus: a corpus made by `pmc-data build`: a directory, or a URL such as `s3://bucket/corpus`.
+        corpora: a blend of several corpora in place of `corpus`: a list of `path`, `weight` (a whole number)
+            and, where one has grown, `grown` and `grown_from`; the first one's held-out papers are evaluated.
         mode: `window`: each epoch takes one random window from every paper (PMC-LLaMA's regime);
             `packed`: each epoch makes every token of the corpus a target exactly once.
         sequence_length: inputs, and as many targets, of one sequence.
+        isolate_documents: in `packed` mode a token attends only within its own paper.
+        grown: what to train on when the corpus is not the checkpoint's because papers were added: `all` of
+            its papers, or the `new` ones; null refuses another corpus.
+        grown_from: with `grown: new`, the corpus that the checkpoint was trained on.
     """
 
-    corpus: Path = Path("corpus")
+    corpus: str = "corpus"
+    corpora: list[CorpusConfig] = field(default_factory=list)
     mode: Literal["window", "packed"] = "window"
     sequence_length: int = 512
+    isolate_documents: bool = False
+    grown: Literal["all", "new"] | None = None
+    grown_from: str | None = None
 
 
 @dataclass

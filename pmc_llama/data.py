@@ -1,284 +1,264 @@
-"""Sample order: the tokens of sample `i` as a pure function of (stream, mode, sequence length, seed, i).
+"""The data of a run: its corpora opened, their order, what was taken of them, and what the run goes on with.
 
-    numbers of samples ──SampleOrder──▶ Spans of the stream ──TrainingBatches──▶ tensors of one rank
-
-Nothing is stored and nothing is shuffled in memory. The order of an epoch is a keyed permutation computed
-for just the samples that are asked for, and every random number is a function of (seed, epoch, index).
-Hence a run is resumed by one number, samples consumed, at any world size and any batch size.
+corpora ──open_sources──▶ Sources ──with a checkpoint's history──▶ TrainingData ──batches──▶ a rank's tensors
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
+from data_tools.corpus import Corpus, Split
 from data_tools.errors import UserError
-from pmc_llama.randomness import OFFSET, PLACE, IntArray, permute, random_bits
-
-NO_TARGET = -100  # the default `ignore_index` of torch's cross-entropy
-
-
-class TokenStream(Protocol):
-    """The counted documents of a corpus' split, one after another (`data_tools.corpus.Split`)."""
-
-    @property
-    def documents(self) -> int:
-        """How many documents."""
-        ...
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens, the EOD that ends each document included."""
-        ...
-
-    @property
-    def starts(self) -> IntArray:
-        """int64 [documents + 1]: where each document begins in the stream; closed by `tokens`."""
-        ...
-
-    def read(self, ranges: list[tuple[int, int]]) -> list[NDArray[np.integer]]:
-        """The tokens of the ranges (start, stop) of the stream, in one batch of reads."""
-        ...
-
-
-class Spans(NamedTuple):
-    """Where each of n sequences lies in the stream.
-
-    The stream is a circle: a span that reaches its end goes on at its beginning. Of the tokens of a span
-    each but the last is an input, and each but the first a target.
-    """
-
-    first: IntArray  # [n], position of the first token
-    tokens: IntArray  # [n], tokens of the span, at least 1
-
-    @property
-    def targets(self) -> IntArray:
-        """int64 [n]: targets of each sequence, from 0 to the sequence length."""
-        return self.tokens - 1
-
-
-class SampleOrder(Protocol):
-    """The endless order of samples; epoch `e` is samples `e * samples_per_epoch` and following."""
-
-    @property
-    def sequence_length(self) -> int:
-        """Inputs, and at most as many targets, of a sequence."""
-        ...
-
-    @property
-    def samples_per_epoch(self) -> int:
-        """Samples of one pass over the stream."""
-        ...
-
-    def spans(self, samples: IntArray) -> Spans:
-        """The sequences with these numbers, int64 [n], each 0 or more."""
-        ...
-
-
-# --- the two modes ------------------------------------------------------------------------------------------
+from pmc_llama.batches import NO_TARGET as NO_TARGET
+from pmc_llama.batches import Batch as Batch
+from pmc_llama.batches import MicroBatch as MicroBatch
+from pmc_llama.batches import TrainingBatches as TrainingBatches
+from pmc_llama.batches import heldout_batches as heldout_batches
+from pmc_llama.blend import Blend, BlendedOrder, BlendedStream
+from pmc_llama.config import BatchConfig, CorpusConfig, DataConfig
+from pmc_llama.coverage import Coverage
+from pmc_llama.sample_order import IsolatedOrder, SampleOrder
+from pmc_llama.sample_order import sample_order as sample_order
+from pmc_llama.segments import Segment, Stream, from_plain, stretches, to_plain
+from pmc_llama.spans import TokenReader
 
 
 @dataclass(frozen=True)
-class WindowOrder:
-    """Each epoch visits every document once and takes one uniformly placed window of it.
+class Source:
+    """A corpus that is trained on.
 
-    A window is `sequence_length` + 1 tokens, placed at any of the document's positions where it fits, the
-    last one included, or the whole document when that is shorter. Placing takes 64 random bits modulo the
-    number of places, whose bias is below places / 2**64.
+    Attributes:
+        asked: what the recipe says of it.
+        corpus: opened.
+        split: the papers to train on.
+        stream: which those are.
     """
 
-    stream: TokenStream
-    sequence_length: int
-    seed: int
-
-    @property
-    def samples_per_epoch(self) -> int:
-        """A sample a document."""
-        return self.stream.documents
-
-    def spans(self, samples: IntArray) -> Spans:
-        """The windows with these numbers; see `SampleOrder.spans`."""
-        epoch, index = np.divmod(samples, self.samples_per_epoch)
-        document = permute(index, self.samples_per_epoch, self.seed, epoch)
-        start = np.asarray(self.stream.starts[document])
-        length = np.asarray(self.stream.starts[document + 1]) - start
-        tokens = np.minimum(length, self.sequence_length + 1)
-        places = (length - tokens + 1).astype(np.uint64)
-        place = random_bits(self.seed, epoch, PLACE, document) % places
-        return Spans(start + place.astype(np.int64), tokens)
+    asked: CorpusConfig
+    corpus: Corpus
+    split: Split
+    stream: Stream
 
 
-@dataclass(frozen=True)
-class PackedOrder:
-    """Each epoch makes every token of the stream a target exactly once.
-
-    The circle of the stream is cut into windows of `sequence_length` targets, from an offset that each
-    epoch draws anew; the last window has what is left. The input before a window's first target is the
-    token before it on the circle.
-    """
-
-    stream: TokenStream
-    sequence_length: int
-    seed: int
-
-    @property
-    def samples_per_epoch(self) -> int:
-        """Windows of the circle, the short one included."""
-        return -(-self.stream.tokens // self.sequence_length)
-
-    def spans(self, samples: IntArray) -> Spans:
-        """The windows with these numbers; see `SampleOrder.spans`."""
-        epoch, index = np.divmod(samples, self.samples_per_epoch)
-        window = permute(index, self.samples_per_epoch, self.seed, epoch)
-        offset = random_bits(self.seed, epoch, OFFSET) % np.uint64(self.stream.tokens)
-        return _circle_windows(self.stream.tokens, self.sequence_length, window, offset.astype(np.int64))
-
-
-def _circle_windows(tokens: int, sequence_length: int, window: IntArray, offset: IntArray | int) -> Spans:
-    """The windows, int64 [n], of a circle of `tokens` whose first target is at `offset`."""
-    begin = window * sequence_length
-    targets = np.minimum(sequence_length, tokens - begin)
-    return Spans((offset + begin - 1) % tokens, targets + 1)
-
-
-def sample_order(
-    stream: TokenStream, mode: Literal["window", "packed"], sequence_length: int, seed: int
-) -> SampleOrder:
-    """The order in which a run with these settings sees the stream.
+def open_sources(data: DataConfig) -> list[Source]:
+    """Open the corpus of a recipe, or the corpora of its blend.
 
     Raises:
-        UserError: `sequence_length` is below 1, or the stream has no document.
+        UserError: one cannot be opened, has nothing to train on, or another tokenizer than the first; or the
+            recipe says of `grown` what cannot be.
     """
-    if sequence_length < 1:
-        raise UserError(f"data.sequence_length is {sequence_length}; it must be 1 or more.")
-    if stream.documents == 0:
+    alone = CorpusConfig(data.corpus, grown=data.grown, grown_from=data.grown_from)
+    if data.corpora and (data.grown or data.grown_from):
         raise UserError(
-            "The corpus (data.corpus) has no document to train on; "
-            "`pmc-data stats` says how many were set aside, and why."
+            "data.grown is for data.corpus; of a blend say it for the corpus in data.corpora that grew."
         )
-    order = WindowOrder if mode == "window" else PackedOrder
-    return order(stream, sequence_length, seed)
+    sources = [_open(asked) for asked in data.corpora or [alone]]
+    first = sources[0].corpus
+    for corpus in (source.corpus for source in sources[1:]):
+        if corpus.manifest.tokenizer.sha256 != first.manifest.tokenizer.sha256:
+            raise UserError(
+                f"{corpus.location} was made with another tokenizer than {first.location}; the corpora of a "
+                "blend need the same one."
+            )
+    return sources
 
 
-# --- batches ------------------------------------------------------------------------------------------------
+def _open(asked: CorpusConfig) -> Source:
+    if (asked.grown == "new") != (asked.grown_from is not None):
+        raise UserError(
+            f"grown is {asked.grown or 'null'} and grown_from is {asked.grown_from or 'null'} for "
+            f"{asked.path}; grown: new needs grown_from, the corpus trained on before, and nothing else does."
+        )
+    corpus = Corpus.open(asked.path)
+    split = corpus.split("train")
+    if asked.grown_from is None:
+        return Source(asked, corpus, split, Stream(corpus.fingerprint))
+    from data_tools.growth import new_documents  # pyarrow, which other runs do without
+
+    old = Corpus.open(asked.grown_from)
+    split = split.only(new_documents(split, old))
+    if not split.documents:
+        raise UserError(f"{asked.path} has no paper to train on that {asked.grown_from} lacks.")
+    return Source(asked, corpus, split, Stream(corpus.fingerprint, old.fingerprint))
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """Sequences that one rank takes through forward and backward at once, in host memory."""
-
-    inputs: Tensor  # int64 [micro_size, sequence_length]; 0 where there is nothing
-    labels: Tensor  # int64 [micro_size, sequence_length], already shifted; -100 where there is no target
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one rank does in one optimizer step."""
-
-    micro_batches: list[MicroBatch]
-    targets: int  # targets of the step over all ranks, the divisor of the step's summed loss
-
-
-class TrainingBatches:
-    """The batches of one data-parallel rank.
+class TrainingData:
+    """What a run is trained on, from where it stands.
 
     Args:
-        stream: where the tokens are.
-        order: which of them a sample is.
-        global_size: sequences in one optimizer step, over all ranks.
-        micro_size: sequences in one micro-batch.
-        rank: this rank, from 0 to `world_size` - 1.
-        world_size: data-parallel ranks.
+        sources: opened corpora.
+        data: the regime that the recipe asks for.
+        seed: of the run.
+        history: of the checkpoint that is gone on from (`history`), or None.
+        samples: that the checkpoint has taken.
+
+    Attributes:
+        order: the samples, numbered from `first_sample` of the run on.
+        first_sample: of the present segment.
+        covered: tokens of each source that were targets so far.
+        notes: lines that say what is not as it was in the checkpoint.
 
     Raises:
-        UserError: `global_size` is not a positive multiple of `micro_size` * `world_size`.
+        UserError: the checkpoint cannot be gone on from with these corpora or this seed, or the regime is
+            none.
     """
 
     def __init__(
         self,
-        stream: TokenStream,
-        order: SampleOrder,
-        global_size: int,
-        micro_size: int,
-        rank: int,
-        world_size: int,
+        sources: Sequence[Source],
+        data: DataConfig,
+        seed: int,
+        history: dict[str, Any] | None = None,
+        samples: int = 0,
     ) -> None:
-        _check_divides(global_size, micro_size, world_size)
-        self._stream = stream
-        self._order = order
-        self._global_size = global_size
-        self._micro_size = micro_size
-        per_rank = global_size // world_size
-        self._mine = slice(rank * per_rank, (rank + 1) * per_rank)
-
-    def batch(self, first_sample: int) -> Batch:
-        """The batch whose samples, over all ranks, are `first_sample` .. `first_sample` + global_size - 1.
-
-        No communication: every rank computes the spans of the whole step and reads those of its own.
-        `targets` is 0 when every document of the step is a lone EOD.
-        """
-        spans = self._order.spans(np.arange(first_sample, first_sample + self._global_size))
-        mine = Spans(spans.first[self._mine], spans.tokens[self._mine])
-        whole = _read_sequences(self._stream, mine, len(mine.first), self._order.sequence_length)
-        cuts = [slice(row, row + self._micro_size) for row in range(0, len(mine.first), self._micro_size)]
-        micro_batches = [MicroBatch(whole.inputs[cut], whole.labels[cut]) for cut in cuts]
-        return Batch(micro_batches, int(spans.targets.sum()))
-
-
-def heldout_batches(
-    stream: TokenStream, sequence_length: int, micro_size: int, rank: int, world_size: int, max_sequences: int
-) -> Iterator[MicroBatch]:
-    """The held-out stream in order, every token a target once; its first `max_sequences` sequences at most.
-
-    The ranks take micro-batches in turn. Every rank gets equally many, so that collectives match; what is
-    missing at the end is filled with sequences without targets. The first token's input is the stream's
-    last one, an EOD, as before every other document. An empty stream has no micro-batch.
-    """
-    sequences = min(max_sequences, -(-stream.tokens // sequence_length))
-    for round_start in range(0, sequences, micro_size * world_size):
-        begin = min(round_start + rank * micro_size, sequences)
-        end = min(begin + micro_size, sequences)
-        spans = _circle_windows(stream.tokens, sequence_length, np.arange(begin, end), offset=0)
-        yield _read_sequences(stream, spans, micro_size, sequence_length)
-
-
-def _read_sequences(stream: TokenStream, spans: Spans, rows: int, sequence_length: int) -> MicroBatch:
-    """The sequences of the spans by one read, and after them empty ones up to `rows`."""
-    ranges: list[tuple[int, int]] = []
-    row_of_range: list[int] = []
-    for row, (first, tokens) in enumerate(zip(spans.first.tolist(), spans.tokens.tolist(), strict=True)):
-        stop = first + tokens
-        ranges.append((first, min(stop, stream.tokens)))
-        row_of_range.append(row)
-        if stop > stream.tokens:  # past the end of the circle
-            ranges.append((0, stop - stream.tokens))
-            row_of_range.append(row)
-
-    tokens_of_row = np.zeros((rows, sequence_length + 1), dtype=np.int64)
-    filled = [0] * rows
-    for row, piece in zip(row_of_range, stream.read(ranges), strict=True):
-        tokens_of_row[row, filled[row] : filled[row] + len(piece)] = piece
-        filled[row] += len(piece)
-
-    has_target = np.arange(1, sequence_length + 1) < np.array(filled)[:, None]
-    inputs = np.where(has_target, tokens_of_row[:, :-1], 0)
-    labels = np.where(has_target, tokens_of_row[:, 1:], NO_TARGET)
-    return MicroBatch(torch.from_numpy(inputs), torch.from_numpy(labels))
-
-
-def _check_divides(global_size: int, micro_size: int, world_size: int) -> None:
-    """Refuse a global batch that the ranks cannot share in whole micro-batches."""
-    if micro_size < 1:
-        raise UserError(f"batch.micro_size is {micro_size}; it must be 1 or more.")
-    together = micro_size * world_size
-    if global_size < 1 or global_size % together:
-        nearest = max(1, round(global_size / together)) * together
-        raise UserError(
-            f"batch.global_size is {global_size}, but {world_size} rank{'s' * (world_size > 1)} of "
-            f"batch.micro_size {micro_size} take {together} sequences at a time; "
-            f"set batch.global_size to a multiple of {together}, the nearest is {nearest}."
+        self.sources, self._data = sources, data
+        before = from_plain(history["segments"]) if history else []
+        now = Segment(
+            samples,
+            data.mode,
+            data.sequence_length,
+            seed,
+            tuple(source.stream for source in sources),
+            tuple(source.asked.weight for source in sources),
         )
+        self.notes = _continue(before[-1], now, sources) if before else []
+        as_before = bool(before) and replace(now, first_sample=before[-1].first_sample) == before[-1]
+        self._segments = before if as_before else [*before, now]
+        self.first_sample = self._segments[-1].first_sample
+        self._blend = Blend(now.weights)
+        self._coverages = [self._coverage(number) for number in range(len(sources))]
+        self.order, self._stream = self._order()
+        self.covered = tuple(
+            history["covered"][number] if history and before[-1].streams[number] == stream else 0
+            for number, stream in enumerate(now.streams)
+        )
+
+    def batches(self, batch: BatchConfig, rank: int, world_size: int) -> TrainingBatches:
+        """The batches of one data-parallel rank; their samples are numbered as the run's."""
+        return TrainingBatches(
+            self._stream,
+            self.order,
+            batch.global_size,
+            batch.micro_size,
+            rank,
+            world_size,
+            first_sample=self.first_sample,
+            positions=self._isolated,
+        )
+
+    def steps_left(self, epochs: float, samples: int, global_size: int) -> int:
+        """Steps from a count of samples until so many epochs are made; the last batch runs on."""
+        left = self.order.samples_until(epochs) - (samples - self.first_sample)
+        return max(0, math.ceil(round(left, 6) / global_size))  # what fp64 rounds is no sample
+
+    def epoch(self, samples: int) -> float:
+        """Epochs made after so many samples of the run: of the first corpus, as it is now."""
+        return self.order.epochs_after(samples - self.first_sample)
+
+    def covered_after(self, covered: Sequence[int], first_sample: int, samples: int) -> tuple[int, ...]:
+        """Tokens of each source that were targets after another batch.
+
+        Args:
+            covered: before the batch.
+            first_sample: of the batch, as the run counts.
+            samples: of the batch.
+        """
+        numbers = np.arange(first_sample, first_sample + samples) - self.first_sample
+        source, index = self._blend.locate(numbers)
+        return tuple(
+            before + int(coverage.new_targets(index[source == number]).sum())
+            for number, (before, coverage) in enumerate(zip(covered, self._coverages, strict=True))
+        )
+
+    def coverage(self, covered: Sequence[int]) -> dict[str, float]:
+        """The part of each source's tokens that were targets, by where the corpus is."""
+        return {
+            source.corpus.location: tokens / source.split.tokens
+            for source, tokens in zip(self.sources, covered, strict=True)
+        }
+
+    def history(self, covered: Sequence[int]) -> dict[str, Any]:
+        """What a checkpoint keeps beside the count of samples, as JSON holds it."""
+        return {"segments": to_plain(self._segments), "covered": list(covered)}
+
+    @property
+    def _isolated(self) -> bool:
+        """A window is of one document in any case."""
+        return self._data.isolate_documents and self._data.mode == "packed"
+
+    def _coverage(self, number: int) -> Coverage:
+        segment, source = self._segments[-1], self.sources[number]
+        taken = stretches(self._segments, segment.first_sample, number)[:-1]  # all but the present one
+        return Coverage.of(source.split, segment.mode, segment.sequence_length, segment.seed, taken)
+
+    def _order(self) -> tuple[SampleOrder, TokenReader]:
+        orders: list[SampleOrder] = [coverage.order for coverage in self._coverages]
+        splits = [source.split for source in self.sources]
+        if self._isolated:
+            orders = [IsolatedOrder(order, split.starts) for order, split in zip(orders, splits, strict=True)]
+        if len(splits) == 1:
+            return orders[0], splits[0]
+        sizes = [split.tokens for split in splits]
+        return BlendedOrder(orders, sizes, self._blend), BlendedStream(splits, sizes)
+
+
+def _continue(before: Segment, now: Segment, sources: Sequence[Source]) -> list[str]:
+    """What is not as it was, in lines.
+
+    Raises:
+        UserError: what may not change, or not without a word in the recipe.
+    """
+    if before.seed != now.seed:
+        raise UserError(
+            f"seed is {now.seed}, but the checkpoint was made with {before.seed}, on which its place in the "
+            f"data depends; set seed to {before.seed}."
+        )
+    if len(before.streams) != len(now.streams):
+        raise UserError(
+            f"The recipe has {len(now.streams)} corpora, but the checkpoint was trained on "
+            f"{len(before.streams)}; give those, or export the checkpoint and start a new run from it."
+        )
+    notes = [
+        _grown(stream, source)
+        for stream, source in zip(before.streams, sources, strict=True)
+        if stream != source.stream
+    ]
+    if (before.mode, before.sequence_length) != (now.mode, now.sequence_length):
+        notes.append(
+            f"from {before.mode} sequences of {before.sequence_length} tokens to {now.mode} ones of "
+            f"{now.sequence_length}: each mode goes on in its epoch with what that has left"
+        )
+    if before.weights != now.weights:
+        notes.append(
+            f"from weights {list(before.weights)} to {list(now.weights)}: each corpus goes on in its epoch"
+        )
+    return notes
+
+
+def _grown(before: Stream, source: Source) -> str:
+    """A line on a corpus that is not the checkpoint's.
+
+    Raises:
+        UserError: the recipe does not say that it grew, or names another one that it grew from.
+    """
+    asked, now = source.asked, source.stream
+    if asked.grown is None:
+        raise UserError(
+            f"The checkpoint was trained on a corpus with fingerprint {before.corpus[:12]}, but {asked.path} "
+            f"has {now.corpus[:12]}; give the corpus that it was trained on, or say how to go on with one "
+            "that grew: data.grown all, or new with data.grown_from."
+        )
+    if asked.grown == "new" and now.without != before.corpus:
+        raise UserError(
+            f"The checkpoint was trained on a corpus with fingerprint {before.corpus[:12]}, but "
+            f"{asked.grown_from} (data.grown_from) has {str(now.without)[:12]}; give the corpus that it was "
+            "trained on."
+        )
+    which = "all" if asked.grown == "all" else "the new"
+    return (
+        f"{asked.path} has grown: going on over {which} {source.split.documents:,} papers of it; its epochs "
+        "and its coverage begin anew"
+    )

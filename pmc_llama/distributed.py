@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -18,6 +18,9 @@ import torch
 import torch.distributed as dist
 
 from data_tools.errors import UserError
+
+FIRST_TO_FAIL = "pmc_llama/failed"
+"""Counter in the default store of the ranks that failed, see `first_to_fail`."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,12 @@ def disconnect() -> None:
         mpi.Finalize()
 
 
+def bound_collectives(timeout: timedelta, groups: Collection[dist.ProcessGroup]) -> None:
+    """Set the longest wait in any collective of these groups that begins from now on, NCCL's or gloo's."""
+    for group in groups:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
 def first_to_fail(patience: timedelta = timedelta(seconds=10)) -> bool:
     """Whether this failing rank is the one that shall say why. To be asked once, by a rank that fails.
 
@@ -120,7 +129,7 @@ def first_to_fail(patience: timedelta = timedelta(seconds=10)) -> bool:
         store = dist.distributed_c10d._get_default_store()
         store.set_timeout(patience)
         try:
-            first = store.add("pmc_llama/failed", 1) == 1
+            first = store.add(FIRST_TO_FAIL, 1) == 1
         except RuntimeError:
             first = False
     else:

@@ -1,78 +1,83 @@
-"""What a run tells: a console line a step, `metrics.jsonl`, TensorBoard; all by rank 0.
+"""What a run tells: a console line a step, `metrics.jsonl`, TensorBoard, Weights & Biases; all by rank 0.
 
-Both files read as those of one run that was never interrupted: steps that an interrupted run made after the
-checkpoint it is resumed from are removed when the run is opened again.
+`metrics.jsonl` and TensorBoard read as those of one run that was never interrupted: steps that an interrupted
+run made after the checkpoint it is resumed from are removed when the run is opened again.
 """
 
 import json
 import os
 import resource
-from collections import deque
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from rich.console import Console
 
 from data_tools.errors import UserError
 from data_tools.files import write_published
+from pmc_llama.console import ConsoleLines
+from pmc_llama.provenance import Start, append_start
+from pmc_llama.records import StepRecord
+from pmc_llama.tensorboard import TensorBoard
+from pmc_llama.weights_and_biases import WeightsAndBiases
+
+__all__ = ["Metrics", "StepRecord", "peak_memory", "read_metrics"]
 
 
-@dataclass(frozen=True)
-class StepRecord:
-    """One optimizer step. Losses are in nats a target."""
+class _Sink(Protocol):
+    """A place that gets every step."""
 
-    step: int  # from 1
-    steps: int  # of the whole run
-    samples: int  # sequences consumed so far, this step's included
-    tokens: int  # inputs consumed so far, padding included
-    epoch: float  # passes over the corpus so far
-    loss: float  # of the global batch, before the step
-    grad_norm: float  # global, before clipping
-    learning_rate: float
-    step_seconds: float
-    data_seconds: float  # of those, waiting for the batch
-    seconds_since_start: float  # of the process
-    tokens_per_second: float  # all ranks
-    tokens_per_second_per_device: float
-    peak_memory_bytes: int  # of this rank, see `peak_memory`
-    mfu: float | None = None  # see `flops.model_flops_utilization`
-    heldout_loss: float | None = None  # at steps that evaluate, after the step
+    def record(self, record: StepRecord) -> None: ...
 
-
-# --- the run's records --------------------------------------------------------------------------------------
+    def close(self) -> None: ...
 
 
 class Metrics:
     """The records of a run; on ranks other than 0 every method does nothing.
 
     Args:
-        output_dir: the run's directory: gets `recipe.yaml`, `metrics.jsonl` and `tensorboard/`; made if
-            missing.
+        output_dir: the run's directory: gets `recipe.yaml`, `run.json`, `metrics.jsonl` and `tensorboard/`;
+            made if missing.
         rank: of this process.
         resume_step: the step of the checkpoint that the run goes on from; 0 when it starts afresh.
-        recipe_text: the recipe as YAML, for its file and TensorBoard's text tab.
-        every_steps: steps between console lines; the first, the last, and steps with a held-out loss always
-            have one. The files have every step.
+        recipe_text: the recipe as YAML, for its file and the trackers.
+        every_steps: steps between console lines, see `ConsoleLines`. The files have every step.
+        start: this start of the run, for `run.json` and the trackers.
+        wandb_project: a project of Weights & Biases that gets every step as well.
 
     Raises:
-        UserError: `output_dir` cannot be written to, or its `metrics.jsonl` is damaged.
+        UserError: `output_dir` cannot be written to, its `metrics.jsonl` or `run.json` is damaged, or Weights
+            & Biases is asked for and cannot be had.
     """
 
     def __init__(
-        self, output_dir: Path, rank: int, resume_step: int, recipe_text: str, every_steps: int
+        self,
+        output_dir: Path,
+        rank: int,
+        resume_step: int,
+        recipe_text: str,
+        every_steps: int,
+        start: Start | None = None,
+        wandb_project: str | None = None,
     ) -> None:
         self._speaks = rank == 0
         if not self._speaks:
             return
-        self._console = _ConsoleLines(resume_step, every_steps)
+        self._console = ConsoleLines(resume_step, every_steps)
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
             write_published(output_dir / "recipe.yaml", recipe_text.encode())
+            if start:
+                append_start(output_dir / "run.json", start)
             self._json_lines = _JsonLines(output_dir / "metrics.jsonl", resume_step)
-            self._tensorboard = _TensorBoard(output_dir / "tensorboard", resume_step, recipe_text)
+            self._sinks: list[_Sink] = [
+                self._json_lines,
+                TensorBoard(output_dir / "tensorboard", resume_step, recipe_text, start),
+            ]
+            if wandb_project:
+                self._sinks.append(
+                    WeightsAndBiases(output_dir, wandb_project, resume_step, recipe_text, start)
+                )
         except OSError as error:
             raise UserError(f"output: cannot write the run's records to {output_dir}: {error}") from error
 
@@ -84,8 +89,8 @@ class Metrics:
         """
         if self._speaks:
             try:
-                self._json_lines.record(record)
-                self._tensorboard.record(record)
+                for sink in self._sinks:
+                    sink.record(record)
             except OSError as error:
                 raise UserError(
                     f"The run's records cannot be written: {error}; mend that, then go on with --resume."
@@ -105,57 +110,8 @@ class Metrics:
     def close(self) -> None:
         """Close the files."""
         if self._speaks:
-            self._json_lines.close()
-            self._tensorboard.close()
-
-
-class _ConsoleLines:
-    """One line a step: coloured on a terminal, plain in a log file, never wrapped."""
-
-    def __init__(self, resume_step: int, every_steps: int) -> None:
-        self._console = Console(markup=False, emoji=False, soft_wrap=True)
-        self._first_step = resume_step + 1
-        self._every_steps = every_steps
-        self._recent_seconds: deque[float] = deque(maxlen=20)
-
-    def record(self, record: StepRecord) -> None:
-        self._recent_seconds.append(record.step_seconds)
-        is_due = (
-            record.step % self._every_steps == 0
-            or record.step in (self._first_step, record.steps)
-            or record.heldout_loss is not None
-        )
-        if is_due:
-            self._console.print(console_line(record, sum(self._recent_seconds) / len(self._recent_seconds)))
-
-    def say(self, text: str) -> None:
-        self._console.print(text)
-
-
-def console_line(record: StepRecord, seconds_per_step: float) -> str:
-    """What the console says of a step.
-
-    Args:
-        record: the step.
-        seconds_per_step: what the remaining steps are expected to take, for the ETA.
-    """
-    remaining = timedelta(seconds=round((record.steps - record.step) * seconds_per_step))
-    parts = [
-        f"step {record.step}/{record.steps}",
-        f"{100 * record.step // record.steps}%",
-        f"loss {record.loss:.4f}",
-        f"grad-norm {record.grad_norm:.2f}",
-        f"lr {record.learning_rate:.1e}",
-        f"{record.tokens_per_second_per_device:,.0f} tok/s/dev",
-        f"mem {record.peak_memory_bytes / 2**30:.1f} GiB",
-        f"data {record.data_seconds / record.step_seconds:.1%}",
-        f"ETA {remaining}",
-    ]
-    if record.mfu is not None:
-        parts.insert(6, f"MFU {record.mfu:.1%}")
-    if record.heldout_loss is not None:
-        parts.insert(3, f"held-out {record.heldout_loss:.4f}")
-    return "  ".join(parts)
+            for sink in self._sinks:
+                sink.close()
 
 
 class _JsonLines:
@@ -206,38 +162,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             ) from error
         rows.append(row)
     return rows
-
-
-class _TensorBoard:
-    """Scalars of every step and the recipe as a text."""
-
-    def __init__(self, directory: Path, resume_step: int, recipe_text: str) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
-
-        # On reading, TensorBoard drops what earlier runs wrote from `purge_step` on.
-        self._writer = SummaryWriter(str(directory), purge_step=resume_step + 1)
-        self._writer.add_text("recipe", f"```yaml\n{recipe_text}\n```", resume_step)
-
-    def record(self, record: StepRecord) -> None:
-        scalars = {
-            "loss/train": record.loss,
-            "loss/held-out": record.heldout_loss,
-            "optimizer/learning-rate": record.learning_rate,
-            "optimizer/grad-norm": record.grad_norm,
-            "speed/tokens-per-second": record.tokens_per_second,
-            "speed/tokens-per-second-per-device": record.tokens_per_second_per_device,
-            "speed/mfu": record.mfu,
-            "speed/data-seconds": record.data_seconds,
-            "memory/peak-bytes": record.peak_memory_bytes,
-            "progress/epoch": record.epoch,
-        }
-        for name, value in scalars.items():
-            if value is not None:
-                self._writer.add_scalar(name, value, record.step)
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -109,18 +109,21 @@ def _config_from_file(path: Path) -> LlamaConfig:
 class LlamaForPretraining(LlamaForCausalLM):
     """transformers' LLaMA whose forward is the training loss; parameter names are those of the original."""
 
-    def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
         """Sum of the cross-entropy over the targets.
 
         Args:
             inputs: int64 [micro-batch, sequence], token ids.
             labels: int64 [micro-batch, sequence], the token to predict at each position; -100 where there is
                 none.
+            positions: int64 [micro-batch, sequence]; where it does not go up by one, another document begins,
+                which sees nothing of those before it. None: each sequence is one document.
 
         Returns:
             fp32 scalar: the sum in nats (not the mean: only the caller knows the targets of the whole batch).
         """
-        hidden = self.model(input_ids=inputs, use_cache=False).last_hidden_state
+        # transformers makes the block-diagonal causal mask of SDPA from the positions, once for all layers.
+        hidden = self.model(input_ids=inputs, position_ids=positions, use_cache=False).last_hidden_state
         return summed_cross_entropy(self.lm_head(hidden), labels)
 
 

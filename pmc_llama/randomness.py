@@ -7,7 +7,7 @@ IntArray = NDArray[np.int64]
 BitArray = NDArray[np.uint64]
 
 # What a random number is for; distinct purposes have independent numbers.
-ORDER, PLACE, OFFSET = 0, 1, 2
+ORDER, PLACE, OFFSET, REST = 0, 1, 2, 3
 
 _FEISTEL_ROUNDS = 10
 
@@ -55,6 +55,20 @@ def permute(index: IntArray, size: int, seed: int, epoch: IntArray) -> IntArray:
     of an item nor its neighbour then departs from chance; of 5 to 8 items some orders remain more frequent
     than others (`benchmarks/sample_order.py`).
     """
+    return _walk(index, size, seed, epoch, range(_FEISTEL_ROUNDS))
+
+
+def inverse(image: IntArray, size: int, seed: int, epoch: IntArray) -> IntArray:
+    """The index, int64 [n], that `permute` takes to each image, int64 [n] in 0 .. size - 1."""
+    return _walk(image, size, seed, epoch, range(_FEISTEL_ROUNDS)[::-1])
+
+
+def _walk(index: IntArray, size: int, seed: int, epoch: IntArray, rounds: range) -> IntArray:
+    """Each index through the rounds of the network, in this order, until it is below `size`.
+
+    A round changes one half by the other, and done twice changes nothing: backwards, the rounds undo each
+    other, and the walk along a cycle goes back by the way that it came.
+    """
     bits = (size - 1).bit_length()
     right_bits = np.uint64((bits + 1) // 2)
     left_mask, right_mask = np.uint64(2 ** (bits // 2) - 1), np.uint64(2 ** ((bits + 1) // 2) - 1)
@@ -65,11 +79,12 @@ def permute(index: IntArray, size: int, seed: int, epoch: IntArray) -> IntArray:
     walking = np.arange(len(index))
     while len(walking):
         left, right = image[walking] >> right_bits, image[walking] & right_mask
-        for number, key in enumerate(keys[:, of_epoch[walking]]):
+        key_of = keys[:, of_epoch[walking]]
+        for number in rounds:
             if number % 2:
-                right ^= _draw(key, left) & right_mask
+                right ^= _draw(key_of[number], left) & right_mask
             else:
-                left ^= _draw(key, right) & left_mask
+                left ^= _draw(key_of[number], right) & left_mask
         image[walking] = (left << right_bits) | right
         walking = walking[image[walking] >= np.uint64(size)]
     return image.astype(np.int64)

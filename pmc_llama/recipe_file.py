@@ -21,11 +21,12 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from data_tools.errors import UserError
-from pmc_llama.config import Recipe
+from pmc_llama.config import CorpusConfig, Recipe
 
 Check = tuple[Callable[[Any], bool], str]
 
 _ONE_OR_MORE: Check = (lambda value: value >= 1, "1 or more")
+_TWO_OR_MORE: Check = (lambda value: value >= 2, "2 or more")
 _ZERO_OR_MORE: Check = (lambda value: value >= 0, "0 or more")
 _NOT_NEGATIVE: Check = (lambda value: 0 <= value < math.inf, "a finite number, 0 or more")
 _ABOVE_ZERO: Check = (lambda value: 0 < value < math.inf, "a finite number above 0")
@@ -52,21 +53,46 @@ CHECKS: dict[str, Check] = {
     "checkpoint.every_steps": _ONE_OR_MORE,
     "checkpoint.keep_last": _ONE_OR_MORE,
     "checkpoint.keep_every": _ZERO_OR_MORE,
+    "checkpoint.max_failed": _ZERO_OR_MORE,
+    "guards.max_skipped": _ZERO_OR_MORE,
+    "guards.spike_deviations": _ABOVE_ZERO,
+    "guards.spike_window": _TWO_OR_MORE,
+    "hangs.start_seconds": _ABOVE_ZERO,
+    "hangs.step_seconds": _ABOVE_ZERO,
     "evaluation.every_steps": _ONE_OR_MORE,
     "evaluation.max_sequences": _ONE_OR_MORE,
     "logging.every_steps": _ONE_OR_MORE,
 }
 
 _KINDS = {
+    bool: "true or false",
     int: "a whole number",
     float: "a number",
     str: "text that is not empty",
     Path: "a path",
     types.NoneType: "null",
+    list[tuple[int, int]]: "a list of [first, last] pairs of whole numbers",
+    list[CorpusConfig]: "a list of corpora, each with a path and a weight",
 }
 
 
-class RecipeParser(ArgumentParser):
+class _Mistake(Exception):
+    """What jsonargparse says of a value."""
+
+
+class _Parser(ArgumentParser):
+    """jsonargparse's parser; a mistake is raised instead of printed with the usage.
+
+    It makes parsers of this class itself, for the entries of lists.
+    """
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise _Mistake(message) from ex
+
+
+class RecipeParser:
     """All keys of a recipe as options, `--section.key`, over the values of a recipe file.
 
     Args:
@@ -83,18 +109,22 @@ class RecipeParser(ArgumentParser):
         self._in_file: dict[str, Any] = dict(_leaves(_read(path))) if path else {}
         self._in_options: dict[str, str] = {}
         files: list[str | os.PathLike[Any]] = [glob.escape(str(path))] if path else []  # it takes patterns
-        super().__init__(
+        self._parser = _Parser(
             usage=f"{prog} RECIPE [--section.key VALUE ...] [OPTION ...]",
             description=description,
             default_config_files=files,
             allow_abbrev=False,
             print_config=None,  # its own would print the options of the command, too
         )
-        self.add_argument("RECIPE", help="recipe file (YAML); options change single values of it")
-        self.add_class_arguments(Recipe)
-        for action in self._actions:
+        self._parser.add_argument("RECIPE", help="recipe file (YAML); options change single values of it")
+        self._parser.add_class_arguments(Recipe)
+        for action in self._parser._actions:
             if action.dest in SECTIONS:  # a whole section in one option: not something to type
                 action.help = argparse.SUPPRESS
+
+    def add_argument(self, *names: str, **settings: Any) -> None:
+        """Add an option of the command, as `argparse` has it."""
+        self._parser.add_argument(*names, **settings)
 
     def read(self, arguments: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
         """Parse and check.
@@ -113,7 +143,10 @@ class RecipeParser(ArgumentParser):
         for key, value in self._in_file.items():
             if value is None and types.NoneType not in get_args(RECIPE_KEYS[key]):
                 self._refuse(key)  # jsonargparse takes null for any key
-        values = vars(self.instantiate(self.parse_args(list(arguments))))
+        try:
+            values = vars(self._parser.instantiate(self._parser.parse_args(list(arguments))))
+        except _Mistake as mistake:
+            self._tell(mistake)
         for key, value in {**self._in_file, **self._in_options}.items():
             if value == "" and key in RECIPE_KEYS:
                 self._refuse(key)  # the path that it converts to is the working directory
@@ -121,12 +154,13 @@ class RecipeParser(ArgumentParser):
         check(recipe)
         return recipe, values
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say in one sentence which value is wrong, instead of printing the usage."""
+    def _tell(self, mistake: "_Mistake") -> NoReturn:
+        """Say in one sentence which value is wrong."""
+        message = str(mistake)
         found = re.search(r'key "([^"]+)"', message)
         if found is None or found[1] not in RECIPE_KEYS:
-            raise UserError(" ".join(message.split())) from ex
-        self._refuse(found[1], ex)
+            raise UserError(" ".join(message.split())) from mistake
+        self._refuse(found[1], mistake)
 
     def _refuse(self, key: str, cause: Exception | None = None) -> NoReturn:
         if key in self._in_options:
@@ -136,7 +170,7 @@ class RecipeParser(ArgumentParser):
         raise UserError(f"{where} is {value}, expected {_kind(RECIPE_KEYS[key])}") from cause
 
     def _check_options(self, arguments: Sequence[str]) -> None:
-        options = [option for action in self._actions for option in action.option_strings]
+        options = [option for action in self._parser._actions for option in action.option_strings]
         known = [option for option in options if option.removeprefix("--") not in SECTIONS]
         for argument in arguments:
             name = argument.partition("=")[0]

@@ -1,15 +1,8 @@
-"""How many steps a run has, and the learning rate of each."""
+"""The learning rate of each step."""
 
 import math
 
 from pmc_llama.config import ScheduleConfig
-
-
-def total_steps(schedule: ScheduleConfig, samples_per_epoch: int, global_size: int) -> int:
-    """Optimizer steps of a run: as the recipe says, or enough for its epochs (the last batch runs on)."""
-    if schedule.steps is not None:
-        return schedule.steps
-    return math.ceil(schedule.epochs * samples_per_epoch / global_size)
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:

@@ -94,9 +94,9 @@ def load_checkpoint(source: Path, manifest: Manifest, backend: Backend, group: d
     """
     state = backend.state()
     checkpoint.load(state, source, group)
-    if state["optim.step"] != manifest.step:
+    if state["optim.step"] != manifest.updates:
         raise UserError(
-            f"{source} is damaged: its manifest says step {manifest.step}, its tensors "
+            f"{source} is damaged: its manifest says {manifest.updates} updates, its tensors "
             f"{state['optim.step'].item()}; use an earlier checkpoint."
         )
     backend.state_loaded()

@@ -1,35 +1,39 @@
 """The life of a run: start or resume, steps, held-out loss, checkpoints, the end. All but the sharding."""
 
 import dataclasses
-import math
 import time
-from datetime import timedelta
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import yaml
 
-from data_tools.corpus import Corpus
-from data_tools.errors import UserError
 from pmc_llama import checkpoint, starting
 from pmc_llama.backends import build_backend
-from pmc_llama.compatibility import check_model, check_resumable
+from pmc_llama.checkpoint import FileTable, Manifest
+from pmc_llama.compatibility import check_model
 from pmc_llama.config import Recipe, plain
-from pmc_llama.data import TrainingBatches, heldout_batches, sample_order
+from pmc_llama.data import Source, TrainingData, heldout_batches, open_sources
 from pmc_llama.distributed import Ranks, connect, disconnect, discover
+from pmc_llama.dry_run import dry_run
 from pmc_llama.flops import model_flops_per_token, model_flops_utilization
+from pmc_llama.guards import Guard, check_skip_steps
 from pmc_llama.huggingface_tokenizer import exact_tokenizer
-from pmc_llama.metrics import Metrics, StepRecord, peak_memory
+from pmc_llama.metrics import Metrics, peak_memory
+from pmc_llama.provenance import describe_start
+from pmc_llama.rank_log import rank_log
+from pmc_llama.records import StepRecord
 from pmc_llama.run_lock import only_writer
-from pmc_llama.schedule import learning_rate, total_steps
+from pmc_llama.saving import CheckpointSaver, SaveOutcome
+from pmc_llama.schedule import learning_rate
+from pmc_llama.stopping import REQUEUE, StopRequests
+from pmc_llama.watchdog import Watchdog, collective_timeout
 
-# Longest wait for another rank: above the slowest thing that one rank does while the others wait.
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
-
-def train(recipe: Recipe, resume: str | None, started: float) -> None:
+def train(recipe: Recipe, resume: str | None, started: float) -> int:
     """Run a recipe on the ranks that the launcher made, or alone.
 
     Args:
@@ -39,178 +43,281 @@ def train(recipe: Recipe, resume: str | None, started: float) -> None:
             else is the directory of the checkpoint to go on from.
         started: `time.time()` at the start of the process, from which the first step is timed.
 
+    Returns:
+        Exit status: 0 when the last step is made, `stopping.REQUEUE` when the run was asked to stop before.
+
     Raises:
         UserError: what the recipe names cannot be had, or does not fit what it is resumed from.
     """
+    check_skip_steps(recipe.guards.skip_steps)
     ranks = discover()
-    device = connect(ranks, COLLECTIVE_TIMEOUT)
-    trainer = Trainer(recipe, ranks, device, started)
-    with only_writer(recipe.output, ranks.rank):
-        trainer.start(resume)
-        trainer.run()
-        trainer.close()
-    disconnect()
+    device = connect(ranks, collective_timeout(recipe.hangs.start_seconds))
+    sources = open_sources(recipe.data)
+    logs = recipe.output / "logs"
+    with only_writer(recipe.output, ranks.rank), rank_log(logs, ranks.rank) as console:
+        trainer = Trainer(recipe, sources, ranks, device, started, console)
+        with trainer.stopping, trainer.watchdog:
+            trainer.start(resume)
+            finished = trainer.run()
+            trainer.close()
+        disconnect()
+    return 0 if finished else REQUEUE
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run stands after a step.
+
+    Attributes:
+        step: steps made.
+        updates: of those, how many changed the weights.
+        samples: sequences consumed.
+        tokens: inputs consumed, padding included.
+        covered: tokens of each corpus that were targets.
+        guard: what the numerical guard remembers.
+    """
+
+    step: int
+    updates: int
+    samples: int
+    tokens: int
+    covered: tuple[int, ...]
+    guard: dict[str, Any]
 
 
 class Trainer:
     """One run on one rank.
 
     Attributes:
-        step: optimizer steps made so far.
-        steps: optimizer steps of the whole run.
+        place: where the run stands.
+        steps: of the whole run.
     """
 
-    def __init__(self, recipe: Recipe, ranks: Ranks, device: torch.device, started: float) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        sources: list[Source],
+        ranks: Ranks,
+        device: torch.device,
+        started: float,
+        console: int,
+    ) -> None:
         self.recipe, self.ranks, self.device, self.started = recipe, ranks, device, started
         used = ("pmc-llama", "torch", "transformers", *(["deepspeed"] * (recipe.backend == "deepspeed")))
         self.versions = {name: version(name) for name in used}
-        # Checkpoints gather their plans over gloo: small Python objects, and never in the way of NCCL.
-        self.checkpoint_group = dist.new_group(backend="gloo")
-        self.corpus = Corpus.open(recipe.data.corpus)
-        self.training, self.heldout = self.corpus.split("train"), self.corpus.split("heldout")
-        exact_tokenizer(self.corpus.tokenizer_path)  # what could not be exported is not trained
+        # What is said while starting goes over gloo: small Python objects, and never in the way of NCCL.
+        self.group = dist.new_group(backend="gloo")
+        self.sources, self.corpus = sources, sources[0].corpus
+        self.tokenizer = self.corpus.tokenizer_path
+        exact_tokenizer(self.tokenizer)  # what could not be exported is not trained
 
-        data, batch = recipe.data, recipe.batch
-        self.order = sample_order(self.training, data.mode, data.sequence_length, recipe.seed)
-        self.batches = TrainingBatches(
-            self.training, self.order, batch.global_size, batch.micro_size, ranks.rank, ranks.world_size
-        )
         self.checkpoints = recipe.output / "checkpoints"
-        self.step = 0
-        self.steps = total_steps(recipe.schedule, self.order.samples_per_epoch, batch.global_size)
+        self.saver = CheckpointSaver(self.checkpoints, recipe.checkpoint, self.tokenizer)
+        self.stopping = StopRequests(recipe.output / "stop", ranks.rank)
+        self.watchdog = Watchdog(
+            ranks, recipe.output / "logs", recipe.hangs, background=[self.saver.group], console=console
+        )
+        self.asked_to_stop = False
+        self.stall_seconds = 0.0  # of a checkpoint, since the last step
 
     # --- the life of a run -----------------------------------------------------------------------------
 
     def start(self, resume: str | None) -> None:
         """Build the model, load its first weights or all of a checkpoint, and open the run's records."""
-        source = starting.find_checkpoint(self.checkpoints, resume, self.checkpoint_group, self._warn)
-        self.config = starting.model_config(self.recipe, self.corpus.vocab_size, source)
-        check_model(self.recipe, self.config, self.corpus)
-        self.backend = build_backend(self.recipe, self.config, self.device)
+        recipe = self.recipe
+        source = starting.find_checkpoint(self.checkpoints, resume, self.group, self._warn)
+        self.config = starting.model_config(recipe, self.corpus.vocab_size, source)
+        check_model(recipe, self.config, self.corpus)
+        self.watchdog.enter("building the model")
+        self.backend = build_backend(recipe, self.config, self.device)
+        self.watchdog.enter("loading the weights")
         if source:
             manifest = checkpoint.read_manifest(source)
-            check_resumable(self.recipe, self.corpus, manifest)
-            starting.load_checkpoint(source, manifest, self.backend, self.checkpoint_group)
-            self.step = manifest.step
+            self._go_on_from(manifest)
+            starting.load_checkpoint(source, manifest, self.backend, self.group)
         else:
-            starting.load_first_weights(self.recipe, self.config, self.backend, self.checkpoint_group)
-        text = yaml.safe_dump(plain(self.recipe), sort_keys=False)
-        every = self.recipe.logging.every_steps
-        self.metrics = Metrics(self.recipe.output, self.ranks.rank, self.step, text, every)
+            self._begin()
+            starting.load_first_weights(recipe, self.config, self.backend, self.group)
+        self.guard = Guard(recipe.guards, self.place.guard)
+        self.last_updated, self.saved_step = self.place, self.place.step
+        self.batches = self.data.batches(recipe.batch, self.ranks.rank, self.ranks.world_size)
+        self.steps = recipe.schedule.steps or self.place.step + self.data.steps_left(
+            recipe.schedule.epochs, self.place.samples, recipe.batch.global_size
+        )
+        self.metrics = Metrics(
+            recipe.output,
+            self.ranks.rank,
+            self.place.step,
+            recipe_text=yaml.safe_dump(plain(recipe), sort_keys=False),
+            every_steps=recipe.logging.every_steps,
+            start=describe_start(self.ranks, self.device, self.versions, self.group),
+            wandb_project=recipe.logging.wandb_project,
+        )
         self._introduce(source)
 
-    def run(self) -> None:
-        """Train to the last step; publish checkpoints on the way and at the end."""
-        if self.step >= self.steps:
-            self.metrics.say(f"finished: step {self.step} of {self.steps} is made, nothing is left to train")
-        while self.step < self.steps:
+    def run(self) -> bool:
+        """Train to the last step, or until asked to stop; publish checkpoints on the way and at the end.
+
+        Returns:
+            Whether the last step is made.
+        """
+        if self.place.step >= self.steps:
+            self.metrics.say(
+                f"finished: step {self.place.step} of {self.steps} is made, nothing is left to train"
+            )
+            return True
+        if self.recipe.dry_run:
+            self.watchdog.enter("dry run")
+            self.metrics.say(dry_run(self.backend, self.recipe, self.config.vocab_size, self.device))
+        while self.place.step < self.steps and not self.asked_to_stop:
+            if self.guard.passes_over(self.place.step + 1):
+                self._pass_over()
+                continue
             record = self.train_step()
-            if self._due(self.recipe.evaluation.every_steps) or self.step == 1:
+            if self._due(self.recipe.evaluation.every_steps) or record.step == 1:
                 record = dataclasses.replace(record, heldout_loss=self.heldout_loss())
             self.metrics.record(record)
-            _stop_unless_finite(record)
-            if self._due(self.recipe.checkpoint.every_steps):
-                self.save_checkpoint()
+            self.watchdog.step_made(record.step)
+            self._tell(self.saver.poll())
+            if self.guard.must_stop:
+                self._give_up(str(record.skipped))
+            if self._due(self.recipe.checkpoint.every_steps) and not self.guard.skipped_in_a_row:
+                self.save_checkpoint(self.place)
+        if self.place.step > self.saved_step:
+            self.save_checkpoint(self.place)
+        self.watchdog.enter("finishing the last checkpoint")
+        self._tell(self.saver.wait())
+        if self.place.step < self.steps:
+            self.metrics.say(f"stopped by {self.stopping.reason}; the same command with --resume goes on")
+        self.stopping.obeyed()
+        return self.place.step == self.steps
 
     def train_step(self) -> StepRecord:
-        """One optimizer step over one global batch."""
-        recipe, begin = self.recipe, time.perf_counter()
-        batch = self.batches.batch(self.step * recipe.batch.global_size)
+        """One step over one global batch: an update, or none where the guard objects."""
+        recipe, begin, step = self.recipe, time.perf_counter(), self.place.step + 1
+        self.watchdog.enter("reading a batch")
+        batch = self.batches.batch(self.place.samples)
         have_data = time.perf_counter()
+        self.watchdog.enter("forward and backward")
         targets = max(batch.targets, 1)
-        loss = self.backend.forward_backward(batch.micro_batches, targets)
-        dist.all_reduce(loss)
-        rate = learning_rate(self.step + 1, self.steps, recipe.optimizer.learning_rate, recipe.schedule)
+        summed = self.backend.forward_backward(batch.micro_batches, targets)
+        loss = self._agree(summed, targets)
+        rate = learning_rate(step, self.steps, recipe.optimizer.learning_rate, recipe.schedule)
+        self.watchdog.enter("the optimizer's step")
         grad_norm = self.backend.clip(recipe.optimizer.max_grad_norm)
-        self.backend.step(rate)
-        self.step += 1
-        return self._describe(float(loss) / targets, grad_norm, rate, begin, have_data)
+        objection = self.guard.objection(loss, grad_norm)
+        if objection:
+            self.backend.discard()
+        else:
+            self.backend.step(rate)
+        self._advance(updated=objection is None)
+        return self._describe(loss, grad_norm, rate, objection, begin, have_data)
 
     def heldout_loss(self) -> float | None:
         """Mean loss in nats a token on the held-out papers; None when the corpus keeps none."""
         length, most = self.recipe.data.sequence_length, self.recipe.evaluation.max_sequences
         ranks, micro_size = self.ranks, self.recipe.batch.micro_size
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for batch in heldout_batches(self.heldout, length, micro_size, ranks.rank, ranks.world_size, most):
+        self.watchdog.enter("held-out loss")
+        isolate = self.recipe.data.isolate_documents
+        batches = heldout_batches(
+            self.corpus.split("heldout"), length, micro_size, ranks.rank, ranks.world_size, most, isolate
+        )
+        for batch in batches:
             totals[0] += self.backend.evaluate(batch)
             totals[1] += (batch.labels >= 0).sum()
+            self.watchdog.progress()
         dist.all_reduce(totals)
         summed, targets = totals.tolist()
         return summed / targets if targets else None
 
-    def save_checkpoint(self) -> None:
-        """Publish a checkpoint of this step, then remove those that the recipe does not keep."""
-        begin, keep = time.perf_counter(), self.recipe.checkpoint
+    def save_checkpoint(self, place: Place) -> None:
+        """Begin to publish a checkpoint of the weights as they are, at `place` of the run."""
+        begin = time.perf_counter()
+        self.watchdog.enter("saving a checkpoint")
         self.metrics.synchronize()
-        state, tokenizer = self.backend.state(), self.corpus.tokenizer_path
-        path = checkpoint.save(state, self.checkpoints, self._manifest, tokenizer, self.checkpoint_group)
-        if self.ranks.rank == 0:
-            checkpoint.prune(self.checkpoints, keep.keep_last, keep.keep_every)
-        self.metrics.say(f"checkpoint {path} in {time.perf_counter() - begin:.1f} s")
+        self.saver.save(self.backend.state(), lambda files: self._manifest(place, files))
+        self.saved_step = place.step
+        self.stall_seconds = time.perf_counter() - begin
 
     def close(self) -> None:
         """Close the records and release the model."""
         self.metrics.close()
         self.backend.close()
 
-    def _introduce(self, source: Path | None) -> None:
-        recipe, say = self.recipe, self.metrics.say
-        say(
-            f"{recipe.backend}, {recipe.precision.compute}, on {self.ranks.world_size} x {self.device.type} "
-            f"(started by {self.ranks.launcher}); {self._parameters():,} parameters"
-        )
-        say(
-            f"corpus {recipe.data.corpus}: {self.training.documents:,} papers, "
-            f"{self.training.tokens:,} tokens; {self.steps:,} steps of "
-            f"{recipe.batch.global_size} x {recipe.data.sequence_length} tokens"
-        )
-        origin = source or recipe.model.initialize_from or f"random weights of seed {recipe.seed}"
-        say(f"starting after step {self.step} from {origin}")
+    # --- the small parts -------------------------------------------------------------------------------
 
-    def _warn(self, text: str) -> None:
-        if self.ranks.rank == 0:
-            print(f"warning: {text}", flush=True)
+    def _begin(self) -> None:
+        self.data = TrainingData(self.sources, self.recipe.data, self.recipe.seed)
+        self.place = Place(0, 0, 0, 0, self.data.covered, guard={})
 
-    # --- describing --------------------------------------------------------------------------------------
+    def _go_on_from(self, manifest: Manifest) -> None:
+        recipe = self.recipe
+        self.data = TrainingData(self.sources, recipe.data, recipe.seed, manifest.data, manifest.samples)
+        self.place = Place(
+            manifest.step,
+            manifest.updates,
+            manifest.samples,
+            manifest.tokens,
+            self.data.covered,
+            manifest.guard,
+        )
+
+    def _agree(self, summed: torch.Tensor, targets: int) -> float:
+        """What the ranks tell one another in a step, in one all-reduce: losses, requests to stop, failures.
+
+        Returns:
+            The mean loss over the global batch.
+
+        Raises:
+            UserError: too many checkpoints in a row could not be written.
+        """
+        told = [self.stopping.asked, self.saver.failures]
+        totals = torch.cat([summed.view(1), torch.tensor(told, dtype=torch.float64, device=self.device)])
+        dist.all_reduce(totals)
+        loss, asked, failures = totals.tolist()
+        # The ranks see the end of a save at different steps: it counts once all have.
+        self.saver.stop_if_failing(int(failures) // self.ranks.world_size)
+        self.asked_to_stop = asked > 0
+        return float(loss) / targets
+
+    def _advance(self, updated: bool) -> None:
+        """Note that a step is made; one without an update has taken its batch all the same."""
+        place, size = self.place, self.recipe.batch.global_size
+        self.place = Place(
+            step=place.step + 1,
+            updates=place.updates + updated,
+            samples=place.samples + size,
+            tokens=place.tokens + size * self.recipe.data.sequence_length,
+            covered=self.data.covered_after(place.covered, place.samples, size),
+            guard=self.guard.state(),
+        )
+        if updated:
+            self.last_updated = self.place
+
+    def _pass_over(self) -> None:
+        self._advance(updated=False)
+        self.metrics.say(f"step {self.place.step} is passed over (guards.skip_steps)")
+
+    def _give_up(self, reason: str) -> None:
+        """Publish the state before the updates that were skipped, and end the run."""
+        good = self.last_updated
+        if good.step > self.saved_step:
+            self.save_checkpoint(good)
+        self._tell(self.saver.wait())
+        raise self.guard.stop(good.step, self.place.step, reason)
 
     def _due(self, every: int) -> bool:
-        return self.step == self.steps or self.step % every == 0
+        return self.place.step == self.steps or self.place.step % every == 0
 
-    def _parameters(self) -> int:
-        return sum(t.numel() for name, t in self.backend.state().items() if name.startswith("model."))
-
-    def _describe(
-        self, loss: float, grad_norm: float, rate: float, begin: float, have_data: float
-    ) -> StepRecord:
-        seconds = time.perf_counter() - begin
-        samples, length = self.step * self.recipe.batch.global_size, self.recipe.data.sequence_length
-        speed = self.recipe.batch.global_size * length / seconds
-        return StepRecord(
-            step=self.step,
-            steps=self.steps,
-            samples=samples,
-            tokens=samples * length,
-            epoch=samples / self.order.samples_per_epoch,
-            loss=loss,
-            grad_norm=grad_norm,
-            learning_rate=rate,
-            step_seconds=seconds,
-            data_seconds=have_data - begin,
-            seconds_since_start=time.time() - self.started,
-            tokens_per_second=speed,
-            tokens_per_second_per_device=speed / self.ranks.world_size,
-            peak_memory_bytes=peak_memory(self.device),
-            mfu=model_flops_utilization(
-                speed / self.ranks.world_size * model_flops_per_token(self.config, length), self.device
-            ),
-        )
-
-    def _manifest(self, files: checkpoint.FileTable) -> checkpoint.Manifest:
-        samples = self.step * self.recipe.batch.global_size
-        return checkpoint.Manifest(
-            step=self.step,
-            samples=samples,
-            tokens=samples * self.recipe.data.sequence_length,
+    def _manifest(self, place: Place, files: FileTable) -> Manifest:
+        return Manifest(
+            step=place.step,
+            updates=place.updates,
+            samples=place.samples,
+            tokens=place.tokens,
+            data=self.data.history(place.covered),
+            guard=place.guard,
             recipe=plain(self.recipe),
             model_config=self.config.to_dict(),
             corpus=self.corpus.fingerprint,
@@ -218,10 +325,61 @@ class Trainer:
             files=files,
         )
 
+    # --- telling ---------------------------------------------------------------------------------------
 
-def _stop_unless_finite(record: StepRecord) -> None:
-    if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
-        raise UserError(
-            f"Step {record.step} has loss {record.loss} and gradient norm {record.grad_norm}; the run stops "
-            "before it publishes broken weights: lower optimizer.learning_rate and go on with --resume."
+    def _introduce(self, resumed: Path | None) -> None:
+        recipe, say = self.recipe, self.metrics.say
+        say(
+            f"{recipe.backend}, {recipe.precision.compute}, on {self.ranks.world_size} x {self.device.type} "
+            f"(started by {self.ranks.launcher}); {self._parameters():,} parameters"
+        )
+        for source in self.sources:
+            split = source.split
+            say(f"corpus {source.corpus.location}: {split.documents:,} papers, {split.tokens:,} tokens")
+        for note in self.data.notes:
+            say(note)
+        say(f"{self.steps:,} steps of {recipe.batch.global_size} x {recipe.data.sequence_length} tokens")
+        origin = resumed or recipe.model.initialize_from or f"random weights of seed {recipe.seed}"
+        say(f"starting after step {self.place.step} from {origin}")
+
+    def _warn(self, text: str) -> None:
+        if self.ranks.rank == 0:
+            print(f"warning: {text}", flush=True)
+
+    def _tell(self, saves: list[SaveOutcome]) -> None:
+        for outcome in saves:
+            self.metrics.say(str(outcome))
+
+    def _parameters(self) -> int:
+        return sum(t.numel() for name, t in self.backend.state().items() if name.startswith("model."))
+
+    def _describe(
+        self, loss: float, grad_norm: float, rate: float, skipped: str | None, begin: float, have_data: float
+    ) -> StepRecord:
+        place, recipe = self.place, self.recipe
+        seconds, length = time.perf_counter() - begin, recipe.data.sequence_length
+        speed = recipe.batch.global_size * length / seconds
+        stall_seconds, self.stall_seconds = self.stall_seconds, 0.0
+        return StepRecord(
+            step=place.step,
+            steps=self.steps,
+            updates=place.updates,
+            samples=place.samples,
+            tokens=place.tokens,
+            epoch=self.data.epoch(place.samples),
+            coverage=self.data.coverage(place.covered),
+            loss=loss,
+            grad_norm=grad_norm,
+            skipped=skipped,
+            learning_rate=rate,
+            step_seconds=seconds,
+            data_seconds=have_data - begin,
+            checkpoint_seconds=stall_seconds,
+            seconds_since_start=time.time() - self.started,
+            tokens_per_second=speed,
+            tokens_per_second_per_device=speed / self.ranks.world_size,
+            peak_memory_bytes=peak_memory(self.device),
+            mfu=model_flops_utilization(
+                speed / self.ranks.world_size * model_flops_per_token(self.config, length), self.device
+            ),
         )

@@ -15,7 +15,7 @@ from data_tools.fetch.bucket import Bucket
 from data_tools.fetch.listing import Article, chosen, list_articles
 from data_tools.fetch.packages import Package
 from data_tools.fetch.progress import ArticleProgress, ListingProgress
-from data_tools.fetch.web import Web
+from data_tools.fetch.web import Web, refuse_credentials
 
 BUCKET = "https://pmc-oa-opendata.s3.us-east-1.amazonaws.com"
 ARTICLES_PER_PACKAGE = 10_000
@@ -72,9 +72,10 @@ def fetch_pmc(
         web: how requests are made; with `connections` connections when not given.
 
     Raises:
-        UserError: the bucket cannot be reached or is none, the directory was begun with other options or is
-            in use, or the disk is full.
+        UserError: the endpoint holds a password, the bucket cannot be reached or is none, the directory was
+            begun with other options or is in use, or the disk is full.
     """
+    refuse_credentials(endpoint)
     web = web or Web(connections)
     bucket = Bucket(endpoint, web)
     options = {"source": "pmc", "endpoint": endpoint, "group": group, "since": since or "ever"}

@@ -14,7 +14,7 @@ from data_tools.errors import UserError
 from data_tools.fetch import disk, request
 from data_tools.fetch.download import Downloaded, Remote, download, have, look
 from data_tools.fetch.release import DatasetsApi
-from data_tools.fetch.web import Web
+from data_tools.fetch.web import Web, refuse_credentials
 from data_tools.files import checksum, write_published
 from data_tools.progress import Progress
 
@@ -67,9 +67,11 @@ def fetch_s2orc(
         interval: seconds between requests to the API.
 
     Raises:
-        UserError: the API or a file cannot be had, the key is refused, the directory was begun with something
-            else or is in use, a file name is not plain, or the disk is too small.
+        UserError: the endpoint holds a password, the API or a file cannot be had, the key is refused, the
+            directory was begun with something else or is in use, a file name is not plain, or the disk is too
+            small.
     """
+    refuse_credentials(endpoint)
     web = web or Web(connections)
     api = DatasetsApi(endpoint, key, web, interval)
     with request.held(output), disk.full_disk_told(output):

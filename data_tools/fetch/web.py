@@ -164,6 +164,19 @@ class Web:
         return random.uniform(0, min(_LONGEST_PAUSE, self._backoff * 2 ** (tried - 1)))  # noqa: S311
 
 
+def refuse_credentials(endpoint: str) -> None:
+    """Refuse an endpoint that would be recorded and shown with a password or a signature in it.
+
+    Raises:
+        UserError: it has a user, a password or a query; the sentence has not.
+    """
+    if "@" in endpoint or "?" in endpoint:
+        raise UserError(
+            "The --endpoint holds a user, a password or a query, which are not written down; give the bare "
+            "address of the server (a user and password can stand in ~/.netrc)."
+        )
+
+
 def without_query(url: str) -> str:
     """A URL that can be shown: the query of a pre-signed one is a secret."""
     return url.partition("?")[0]

@@ -28,6 +28,7 @@ class Reader:
         directory: the name of the directory that such a file lies in; any when empty.
         companions: the paths at which a file may have its companion, the likeliest first.
         needs_companion: a file without one is refused.
+        compressible: its files may be compressed as a whole.
     """
 
     suffixes: tuple[str, ...]
@@ -36,6 +37,7 @@ class Reader:
     directory: str = ""
     companions: Callable[[str], tuple[str, ...]] = _alone
     needs_companion: bool = False
+    compressible: bool = True
 
 
 _MANY = 16_384
@@ -45,7 +47,7 @@ READERS = (
     Reader((".json",), json_records.read_whole, _MANY),
     Reader((".xml", ".nxml"), jats.read, _MANY, companions=jats.companions),
     Reader((".tar", ".tgz"), archive.read, 1, companions=archive.companions),
-    Reader((".parquet",), tables.read_parquet, 1),
+    Reader((".parquet",), tables.read_parquet, 1, compressible=False),
     Reader((".arrow",), tables.read_arrow, 1),
 )
 

@@ -124,8 +124,10 @@ class _Remembering(io.RawIOBase):
 
 def _refused(member: tarfile.TarInfo) -> str | None:
     """Why a member is not read, if it is not: none of these has a place in a package of articles."""
-    if member.name.startswith("/") or ".." in member.name.split("/") or not member.isreg():
+    if member.name.startswith("/") or ".." in member.name.split("/"):
         return "unsafe_name"
+    if not member.isreg():
+        return "not_a_file"
     return "too_large" if member.size > jats.LARGEST_ARTICLE else None
 
 

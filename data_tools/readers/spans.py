@@ -6,7 +6,7 @@ bibliography never enter.
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 
@@ -14,25 +14,34 @@ from data_tools.papers import Block
 from data_tools.readers.citations import MARK, close_gaps, is_numeric
 from data_tools.readers.fields import WrongStructure
 
-Span = tuple[int, int]
-Hole = tuple[int, int, str]
 Annotation = tuple[int, int, int]
 """Start, end, and the depth of a heading or 0."""
+Hole = tuple[int, int, str]
+"""Start and end of what is cut out, and what stands for it."""
+_What = TypeVar("_What", int, str)
 
 _RUNNING_HEAD = re.compile(r".{0,120}\bPage \d+ of \d+|Page \d+ of \d+\b.{0,120}")  # beside a short title
 _NOT_TEXT = ("author", "authoraffiliation", "bibentry", "figure", "table")
+_LONGEST_MARKER = 1_000  # characters of a numeric citation; a longer one is none
 _USED = frozenset({"title", "abstract", "sectionheader", "paragraph", "bibref", *_NOT_TEXT})
 
 
 class _Span(msgspec.Struct, gc=False):
     """As the files have it: offsets as numbers or strings. Attributes are decoded where they are used."""
 
+    depth: ClassVar[int] = 0
     start: int
     end: int
 
 
 class _Heading(_Span):
     attributes: Any = None
+
+    @property
+    def depth(self) -> int:  # type: ignore[override]
+        """From its number: 2.1 is at depth 2; one without number at depth 1."""
+        number = self.attributes.get("n") if isinstance(self.attributes, dict) else None
+        return len(str(number).strip(".").split(".")) if number else 1
 
 
 _SPANS: dict[str, Any] = {"sectionheader": list[_Heading] | None}
@@ -64,19 +73,21 @@ class AnnotatedText:
         return " ".join(self.text[start:stop] for start, stop, _ in self._of("title")[:1])
 
     def body(self) -> tuple[tuple[str, ...], tuple[Block, ...]]:
-        """Abstract and body, with whatever lies in figures, tables, author block and bibliography cut out."""
+        """Abstract and body, with title, figures, tables, author block and bibliography cut out of them."""
         text = self.text
-        removed = sorted((start, stop) for kind in _NOT_TEXT for start, stop, _ in self._of(kind))
-        markers = [(start, stop) for start, stop, _ in self._of("bibref") if is_numeric(text[start:stop])]
+        holes = [(start, stop, " ") for start, stop, _ in self._of("title")[:1]]
+        holes += [(start, stop, " ") for kind in _NOT_TEXT for start, stop, _ in self._of(kind)]
+        holes += [
+            (start, stop, MARK)
+            for start, stop, _ in self._of("bibref")
+            if stop - start <= _LONGEST_MARKER and is_numeric(text[start:stop])
+        ]
         abstracts = _disjoint(self._of("abstract"))
-        outside_body = sorted(removed + [(start, stop) for start, stop, _ in abstracts])
+        body = _disjoint(self._of("sectionheader") + self._of("paragraph"))
+        outside_body = holes + [(start, stop, " ") for start, stop, _ in abstracts]
         return (
-            tuple(block.text for block in _cut(text, abstracts, removed, markers)),
-            tuple(
-                _cut(
-                    text, _disjoint(self._of("sectionheader") + self._of("paragraph")), outside_body, markers
-                )
-            ),
+            tuple(block.text for block in _cut(text, abstracts, _disjoint(holes))),
+            tuple(_cut(text, body, _disjoint(outside_body))),
         )
 
     def _of(self, kind: str) -> list[Annotation]:
@@ -93,22 +104,20 @@ def _spans(kind: str, value: object, length: int) -> list[Annotation]:
     except (msgspec.MsgspecError, RecursionError) as error:
         raise WrongStructure(f"the annotation {kind} is not a list of spans: {error}") from error
     return sorted(
-        (
-            (span.start, span.end, _depth(span.attributes) if isinstance(span, _Heading) else 0)
-            for span in spans or ()
-            if 0 <= span.start < span.end <= length
-        ),
+        [(span.start, span.end, span.depth) for span in spans or () if 0 <= span.start < span.end <= length]
     )
 
 
-def _cut(text: str, wanted: list[Annotation], removed: list[Span], markers: list[Span]) -> Iterator[Block]:
-    """The wanted stretches (start, stop, depth) without removed stretches and numeric citation markers."""
-    holes_in = _Holes(
-        [(first, end, " ") for first, end in removed] + [(first, end, MARK) for first, end in markers]
-    )
+def _cut(text: str, wanted: list[Annotation], holes: list[Hole]) -> Iterator[Block]:
+    """The wanted stretches of a text without the holes; both are disjoint and in order."""
+    first = 0
     for start, stop, depth in wanted:
-        holes = holes_in.overlapping(start, stop)
-        remaining = text[start:stop] if not holes else _without(text, start, stop, holes)
+        while first < len(holes) and holes[first][1] <= start:
+            first += 1
+        last = first
+        while last < len(holes) and holes[last][0] < stop:
+            last += 1
+        remaining = _without(text, start, stop, holes[first:last]) if last > first else text[start:stop]
         if not _is_running_head(remaining):
             yield Block(remaining, depth)
 
@@ -118,7 +127,9 @@ def _is_running_head(text: str) -> bool:
     words = text.strip()
     if not words or words.isdecimal():
         return True
-    return "Page" in words and _RUNNING_HEAD.fullmatch(" ".join(words.split())) is not None
+    # What no prose has at its ends, which is sooner seen than the whole.
+    might_be = words[-1].isdecimal() or words.startswith("Page")
+    return might_be and _RUNNING_HEAD.fullmatch(" ".join(words.split())) is not None
 
 
 def _without(text: str, start: int, stop: int, holes: list[Hole]) -> str:
@@ -130,35 +141,12 @@ def _without(text: str, start: int, stop: int, holes: list[Hole]) -> str:
     return close_gaps("".join(pieces))
 
 
-def _disjoint(spans: list[Annotation]) -> list[Annotation]:
-    """Spans in order, each from where the one before ended, so that nothing is said twice."""
-    found, place = [], 0
-    for start, stop, depth in sorted(spans):
+def _disjoint(spans: list[tuple[int, int, _What]]) -> list[tuple[int, int, _What]]:
+    """Spans in order, each from where the one before ended, so that nothing is said or cut out twice."""
+    found: list[tuple[int, int, _What]] = []
+    place = 0
+    for start, stop, what in sorted(spans):
         if stop > place:
-            found.append((max(start, place), stop, depth))
+            found.append((start if start > place else place, stop, what))
             place = stop
     return found
-
-
-def _depth(attributes: Any) -> int:
-    """Depth of a heading from its number: 2.1 is at depth 2; one without number at depth 1."""
-    number = attributes.get("n") if isinstance(attributes, dict) else None
-    return len(str(number).strip(".").split(".")) if number else 1
-
-
-class _Holes:
-    """Stretches to cut out, each with what stands for it, asked for in order of start."""
-
-    def __init__(self, holes: list[Hole]) -> None:
-        self._holes = sorted(holes)
-        self._first = 0
-
-    def overlapping(self, start: int, stop: int) -> list[Hole]:
-        """Those that reach into a stretch."""
-        holes, first = self._holes, self._first
-        while first < len(holes) and holes[first][1] <= start:
-            first += 1
-        self._first = last = first
-        while last < len(holes) and holes[last][0] < stop:
-            last += 1
-        return [hole for hole in holes[first:last] if hole[1] > start] if last > first else []

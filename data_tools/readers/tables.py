@@ -1,4 +1,4 @@
-"""Tables of texts: Parquet files, and the Arrow files of a `datasets` directory (`save_to_disk`).
+"""Tables of texts: Parquet files, and Arrow files as streams (those of `datasets`) or with an index.
 
 Each row is a record of one of the layouts of `layouts.py`, such as plain text in a column `text`.
 """
@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 from data_tools.errors import UserError
 from data_tools.papers import Paper, Rejected, Source
 from data_tools.readers.layouts import read_record
-from data_tools.streams import InputStream, filesystem, is_url
+from data_tools.streams import InputStream, compression, filesystem, is_url
 
 _ROWS = 64  # at a time: a row may be a book
+_INDEXED = b"ARROW1"  # begins and ends an Arrow IPC file; a stream has neither
 # Damage, two columns of one name, and times that Python does not have.
 _UNREADABLE = (pa.ArrowException, ValueError, OverflowError)
 
@@ -35,13 +36,19 @@ def read_parquet(
 def read_arrow(
     stream: InputStream, name: str, companion: InputStream | None = None
 ) -> Iterator[Paper | Rejected]:
-    """The papers of an Arrow IPC stream.
+    """The papers of an Arrow IPC stream, or of an IPC file, which is read as a Parquet file is.
 
     Raises:
-        UserError: it is no such stream, or damaged.
+        UserError: it is neither, or damaged, or an IPC file that is compressed as a whole.
     """
-    with _readable(name, "Arrow"), pa.ipc.open_stream(stream) as batches:
-        yield from _papers(batches, name)
+    if not stream.peek().startswith(_INDEXED):
+        with _readable(name, "Arrow"), pa.ipc.open_stream(stream) as batches:
+            yield from _papers(batches, name)
+        return
+    if compression(stream.path):
+        raise UserError(f"{name} is an Arrow file with an index, which is read from its end; decompress it.")
+    with _readable(name, "Arrow"), _seekable(stream.path) as file, pa.ipc.open_file(file) as table:
+        yield from _papers(map(table.get_batch, range(table.num_record_batches)), name)
 
 
 def _papers(batches: Iterable[Any], name: str) -> Iterator[Paper | Rejected]:

@@ -20,7 +20,7 @@ from data_tools.rules.sections import Sections
 from data_tools.rules.symbols import Symbols
 from data_tools.rules.top_word import TopWord
 
-RULES_VERSION = 5
+RULES_VERSION = 6
 """Version of everything that decides a paper's text (here, in the readers and in `render.py`). Raise it with
 any change: parts made under other rules are not continued."""
 

@@ -48,13 +48,13 @@ class Boilerplate:
         """The paper without them."""
         if paper.plain:
             return paper
-        texts = Counter(block.text for block in paper.sections if not block.depth)
+        texts = Counter(
+            block.text for block in paper.sections if not block.depth and len(block.text) <= self.longest
+        )
         heads = {
             text
             for text, times in texts.items()
-            if times >= self.repeats
-            and len(text) <= self.longest
-            and (text == paper.title or _RUNNING_HEAD.search(text))
+            if times >= self.repeats and (text == paper.title or _RUNNING_HEAD.search(text))
         }
         seen: set[str] = set()
         kept: list[Block] = []

@@ -28,6 +28,8 @@ _LIGATURES = {
     "\ufb05": "st",
     "\ufb06": "st",
 }
+_USUAL_SPACES = ("\n", "\u00a0", "\u2009")  # what else than a space there often is of white space
+_BETWEEN = "\x1e"  # stands between texts that are looked at together
 _BEYOND = 0x2E80  # Latin, Greek, Cyrillic, punctuation and signs come before
 _EMPTY_LINES = re.compile(r"\n{3,}")
 
@@ -61,19 +63,26 @@ class Normalize:
             title=title,
             abstract=tuple(text for text in abstract if text),
             sections=tuple(
-                block if text is block.text else Block(text, block.depth)
-                for block, text in zip(paper.sections, bodies, strict=True)
-                if text
+                [
+                    block if text == block.text else Block(text, block.depth)
+                    for block, text in zip(paper.sections, bodies, strict=True)
+                    if text
+                ]
             ),
         )
 
 
 def normalize_texts(texts: list[str], form: Form = "NFC") -> list[str]:
-    """Normalized lines of text (`normalize_text`); most need nothing, which one look at all of them tells."""
-    texts = list(texts)
-    for place in _suspects(texts):
-        texts[place] = normalize_text(texts[place], form)
-    return texts
+    """Normalized lines of text (`normalize_text`), most of which one look at all of them together does."""
+    together = f"{_BETWEEN}{_BETWEEN.join(texts)}{_BETWEEN}"
+    for space in _USUAL_SPACES:
+        together = together.replace(space, " ")
+    found = together.split(_BETWEEN)[1:-1]
+    if len(found) != len(texts):  # one holds what should stand between them
+        return [normalize_text(text, form) for text in texts]
+    for place in _suspects(together):
+        found[place] = normalize_text(found[place], form)
+    return found
 
 
 def normalize_text(text: str, form: Form = "NFC") -> str:
@@ -97,39 +106,36 @@ def _normalize_lines(text: str, form: Form) -> str:
     return _EMPTY_LINES.sub("\n\n", lines).strip("\n")
 
 
-def _suspects(texts: list[str]) -> list[int]:
-    """The places of the texts that `normalize_text` may change.
+def _suspects(together: str) -> list[int]:
+    """The places of those of the texts, each between two `_BETWEEN`, that `normalize_text` may change.
 
     Those with spaces at an end or side by side, with a control, or with a character beyond ASCII that is not
     known to be left alone.
     """
-    parted = "\0".join(["", *texts, ""])
-    content = np.frombuffer(parted.encode(errors="surrogatepass"), np.uint8)
-    bounds = np.flatnonzero(content == 0)
-    if len(bounds) != len(texts) + 1:  # a text holds a zero character
-        return list(range(len(texts)))
-    gaps = (content == ord(" ")) | (content == 0)
-    odd = (content < ord(" ")) & (content != 0) | (content == 0x7F)
+    content = np.frombuffer(together.encode(errors="surrogatepass"), np.uint8)
+    gaps = content <= ord(" ")
+    controls = (content < ord(" ")) | (content == 0x7F)
+    between = content == ord(_BETWEEN)
+    odd = controls & ~between
     odd[:-1] |= gaps[:-1] & gaps[1:]
+    bounds = np.flatnonzero(between)
     beyond = np.flatnonzero(content >= 0xC0)
-    beyond = beyond[~_left_alone()[_code_points(content, beyond)]]
+    beyond = beyond[~_left_alone().take(_code_points(content, beyond), mode="clip")]
     places = np.searchsorted(bounds, np.concatenate([np.flatnonzero(odd), beyond]), side="right") - 1
     return sorted(set(places.tolist()))
 
 
 def _code_points(content: NDArray[np.uint8], places: NDArray[np.intp]) -> NDArray[np.int64]:
-    """The characters of two and three bytes of UTF-8 that begin at some places; `_BEYOND` for later ones."""
-    first = content[places].astype(np.int64)
-    second, third = content[places + 1] & 0x3F, content[np.minimum(places + 2, len(content) - 1)] & 0x3F
-    pairs = (first & 0x1F) << 6 | second
-    triples = (first & 0x0F) << 12 | second.astype(np.int64) << 6 | third
-    codes = np.where(first < 0xE0, pairs, triples)
-    return np.where(first < 0xF0, np.minimum(codes, _BEYOND), _BEYOND)
+    """The characters of two or three bytes of UTF-8 that begin at some places; 0x10000 or more for others."""
+    first = content[places]
+    pairs = (first & 0x1F).astype(np.int64) << 6 | content[places + 1] & 0x3F
+    triples = pairs << 6 | content[places + 2] & 0x3F  # what comes last in `content` is not beyond ASCII
+    return np.where(first < 0xE0, pairs, triples)
 
 
 @lru_cache(maxsize=1)
 def _left_alone() -> NDArray[np.bool_]:
-    """Which code points up to `_BEYOND` no step changes, next to whatever they stand: bool `[_BEYOND + 1]`.
+    """Which code points below `_BEYOND` no step changes, next to whatever they stand: bool `[_BEYOND + 1]`.
 
     Characters that compose with one before them have a combining class or are of the scripts left out.
     """

@@ -50,7 +50,8 @@ class Repetition:
 
 def _repeated(grams: Hashes, enough: float) -> int:
     """How many values of an array come more than once; where it is no more than a share `enough`, a bound."""
-    alone = int((np.bincount(grams.astype(np.uint16)) == 1).sum())  # in a small table, which needs no sorting
+    last_place = np.uint64((1 << (2 * len(grams)).bit_length()) - 1)  # of a table, which needs no sorting
+    alone = int(np.count_nonzero(np.bincount((grams & last_place).view(np.int64)) == 1))
     if len(grams) - alone <= enough * len(grams):
         return len(grams) - alone
     ordered = np.sort(grams)

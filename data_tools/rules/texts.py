@@ -52,7 +52,7 @@ class Text:
         beginnings: Mask = self.content >= 0xC0
         return beginnings
 
-    @property
+    @cached_property
     def training_text(self) -> str:
         """What the paper would be trained on, as it is now."""
         return training_text(self.paper)
@@ -67,8 +67,8 @@ class Text:
 
         The line feed behind a paragraph counts with it.
         """
-        counts: NDArray[np.int64] = np.add.reduceat(mask, self.starts, dtype=np.int64)
-        return counts
+        counts = np.add.reduceat(mask, self.starts, dtype=np.uint32)  # half the time of int64
+        return counts.astype(np.int64)
 
 
 class _LastText:

@@ -14,6 +14,7 @@ from data_tools.words import Hashes, word_hashes
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 _USUAL = frozenset(word_hashes("the of and in to a de la der die et le les und").tolist())
 """What the most frequent word of a paper is, nearly always; others are counted one by one."""
+_LAST_PLACE = np.uint64((1 << 13) - 1)
 _SURELY = 0.8
 """Hashed words end at a hyphen too, so there are more of them than words here."""
 
@@ -48,9 +49,18 @@ class TopWord:
         return paper
 
     def _is_usual(self, words: Hashes) -> bool:
-        """Whether the most frequent word is known and rare enough; words that share a place count as one."""
-        places = words.astype(np.uint16)
-        counts = np.bincount(places, minlength=1)
-        if counts.max() > _SURELY * self.max_share * len(words) or not len(words):
+        """Whether the most frequent word is surely a usual one and rare enough.
+
+        Words are counted in a small table, in which those that share a place count as one.
+        """
+        if not len(words):
             return False
-        return int(words[np.argmax(places == counts.argmax())]) in _USUAL
+        places = (words & _LAST_PLACE).view(np.int64)
+        counts = np.bincount(places)
+        top = counts.argmax()
+        if counts[top] > _SURELY * self.max_share * len(words):
+            return False
+        word = words[np.argmax(places == top)]
+        alone = np.count_nonzero(words == word)
+        counts[top] -= alone
+        return int(word) in _USUAL and bool(counts.max() <= alone)

@@ -4,6 +4,7 @@ A backend owns parameters, gradients and optimizer state. Its state has the same
 whatever the backend and the world size, so it can be written by one and read by another.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -33,14 +34,21 @@ class Backend(Protocol):
         """Scale the accumulated gradients down to a global norm of `max_norm`.
 
         Returns:
-            The global gradient norm before scaling, the same on every rank.
+            The global gradient norm before scaling, the same bits on every rank; not finite when a gradient
+            is not, which are then only good to be discarded.
         """
 
     def step(self, learning_rate: float) -> None:
-        """Update the weights by the accumulated gradients, and clear those."""
+        """Update the weights by the accumulated gradients, which are finite, and clear those."""
 
     def discard(self) -> None:
-        """Clear the accumulated gradients without an update: weights, moments and their counts stay."""
+        """Clear the accumulated gradients, finite or not, without an update.
+
+        Everything is then as before `forward_backward`, and the next step gives the same bits as without it.
+        """
+
+    def step_bytes(self) -> int:
+        """Device memory that `step` takes for a moment on this rank, beyond what is held after `clip`."""
 
     def evaluate(self, batch: MicroBatch) -> Tensor:
         """This rank's loss summed over the targets of `batch`, fp64 scalar on the device, no gradient."""
@@ -58,6 +66,12 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release the model; the process group stays."""
+
+
+def model_arguments(batch: MicroBatch, device: torch.device) -> tuple[Tensor | None, ...]:
+    """What `LlamaForPretraining.forward` takes of a micro-batch, on the device of the model."""
+    tensors = (batch.inputs, batch.labels, batch.positions)
+    return tuple(None if tensor is None else tensor.to(device) for tensor in tensors)
 
 
 def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, object]]:
@@ -96,7 +110,8 @@ def clip_gradients(shards: Iterable[Tensor], max_norm: float, device: torch.devi
 
     Squares are summed in fp64, so the norm does not depend on how the gradient is cut into shards beyond
     the last bits of an fp64, and one backend clips by the very factor that another does. The factor is
-    torch.nn.utils.clip_grad_norm_'s: max_norm / (norm + 1e-6), at most 1.
+    torch.nn.utils.clip_grad_norm_'s: max_norm / (norm + 1e-6), at most 1. A norm that is not finite scales
+    nothing.
 
     Args:
         shards: this rank's part of every gradient, without padding, each element on one rank only.
@@ -111,6 +126,6 @@ def clip_gradients(shards: Iterable[Tensor], max_norm: float, device: torch.devi
     dist.all_reduce(total)
     norm = float(total.sqrt())
     factor = max_norm / (norm + 1e-6)
-    if factor < 1:
+    if math.isfinite(norm) and factor < 1:
         torch._foreach_mul_(shards, factor)
     return norm

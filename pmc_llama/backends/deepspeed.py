@@ -17,7 +17,7 @@ from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_
 from torch import Tensor
 from transformers import LlamaConfig
 
-from pmc_llama.backends.base import build_optimizer, clip_gradients
+from pmc_llama.backends.base import build_optimizer, clip_gradients, model_arguments
 from pmc_llama.backends.flat_shard import FlatShard
 from pmc_llama.config import Recipe
 from pmc_llama.data import MicroBatch
@@ -99,10 +99,8 @@ class DeepSpeedBackend:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(micro_batches, start=1):
             self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
-            loss = self.engine(batch.inputs.to(self.device), batch.labels.to(self.device))
+            loss = self.engine(*model_arguments(batch, self.device))
             self.engine.backward(loss * scale, scale_wrt_gas=False)
-            if number < len(micro_batches):
-                self.engine.step()  # only counts the micro-batch: the boundary is set after the last one
             total += loss.detach()
         return total
 
@@ -115,17 +113,26 @@ class DeepSpeedBackend:
         for group in self.zero.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
+        if not self.engine.was_step_applied():
+            raise RuntimeError("DeepSpeed refused an update for gradients that are not finite; discard those")
         self.steps += 1
 
     def discard(self) -> None:
         """See `Backend.discard`."""
-        self.zero.zero_grad()
+        # What DeepSpeed's own step does with gradients that are not finite, less its counting.
+        self.zero._pre_step()
+        self.zero._partition_all_parameters()
+        self.zero._overflow_clean_up(self.zero.loss_scale)
+
+    def step_bytes(self) -> int:
+        """See `Backend.step_bytes`: the fp32 gradients of one group of parameters are laid end to end."""
+        return max(4 * int(flat.numel()) for flat in self.zero.fp32_partitioned_groups_flat)
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch) -> Tensor:
         """See `Backend.evaluate`."""
         self.engine.eval()
-        loss: Tensor = self.engine(batch.inputs.to(self.device), batch.labels.to(self.device))
+        loss: Tensor = self.engine(*model_arguments(batch, self.device))
         return loss.double()
 
     def state(self) -> dict[str, Tensor]:
@@ -152,6 +159,7 @@ class DeepSpeedBackend:
     def close(self) -> None:
         """See `Backend.close`."""
         self.engine.destroy()
+        del self.engine, self.zero
 
     def _gradient_shards(self) -> Iterator[Tensor]:
         for number, group in enumerate(self.zero.fp16_groups):

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig
 
-from pmc_llama.backends.base import build_optimizer, clip_gradients
+from pmc_llama.backends.base import build_optimizer, clip_gradients, model_arguments
 from pmc_llama.config import Recipe
 from pmc_llama.data import MicroBatch
 from pmc_llama.model import LlamaForPretraining, rebuild_rotary
@@ -64,7 +64,7 @@ class FsdpBackend:
         scale = dist.get_world_size() / targets
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in micro_batches:
-            loss = self.model(batch.inputs.to(self.device), batch.labels.to(self.device))
+            loss = self.model(*model_arguments(batch, self.device))
             (loss * scale).backward()
             total += loss.detach()
         return total
@@ -86,11 +86,15 @@ class FsdpBackend:
         """See `Backend.discard`."""
         self.optimizer.zero_grad()
 
+    def step_bytes(self) -> int:
+        """See `Backend.step_bytes`: the fused AdamW works in place."""
+        return 0
+
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch) -> Tensor:
         """See `Backend.evaluate`."""
         self.model.eval()
-        loss: Tensor = self.model(batch.inputs.to(self.device), batch.labels.to(self.device))
+        loss: Tensor = self.model(*model_arguments(batch, self.device))
         self.model.reshard()  # without a backward the outermost part would stay whole, and go stale
         return loss.double()
 

@@ -1,10 +1,11 @@
 """What the rules do to a paper, shown: nothing is lost or made up in the picture, and drops say why."""
 
+import random
 from io import StringIO
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -43,6 +44,19 @@ def test_what_is_the_same_and_removed_is_the_text_before_and_with_added_the_text
     before = "".join(text for kind, text in pieces if kind != "added")
     after = "".join(text for kind, text in pieces if kind != "removed")
     assert (before.rstrip("\n"), after.rstrip("\n")) == (one.rstrip("\n"), other.rstrip("\n"))
+
+
+@given(st.integers(0, 2**32), st.sampled_from([0.001, 0.1, 1.0]))
+@settings(max_examples=10, deadline=None)
+def test_a_long_text_without_paragraphs_is_compared_whole_and_by_words(seed: int, share: float) -> None:
+    chance = random.Random(seed)
+    words = prose(seed % 100, 4000).split()
+    one, other = " ".join(words), " ".join(w + "x" if chance.random() < share else w for w in words)
+    pieces = list(changes(one, other))
+    assert "".join(text for kind, text in pieces if kind != "added").rstrip("\n") == one
+    assert "".join(text for kind, text in pieces if kind != "removed").rstrip("\n") == other
+    if share < 0.01:
+        assert sum(len(text) for kind, text in pieces if kind == "removed") < len(one) / 20
 
 
 def test_each_rule_shows_what_it_removed_and_added_and_folds_the_rest(article: Path) -> None:

@@ -306,7 +306,7 @@ def test_a_directory_with_other_files_or_a_file_is_refused(
         make(papers, tiny_tokenizer, other)
     assert contents(tmp_path) == before
     with pytest.raises(UserError, match="is a file"):
-        make(papers, tiny_tokenizer, papers / "README.txt")
+        make(papers, tiny_tokenizer, other / "parts" / "part-00000.bin")
 
 
 def test_a_build_removes_no_file_that_is_not_its_own(
@@ -338,6 +338,14 @@ def test_an_input_in_the_output_is_refused_and_left_alone(
         with pytest.raises(UserError, match="lies in the output"):
             make([papers, source], tiny_tokenizer, output)
     assert contents(output) == before
+
+
+def test_an_output_in_an_input_is_refused_before_anything_is_written(
+    papers: Path, tiny_tokenizer: Path
+) -> None:
+    with pytest.raises(UserError, match=r"The output .*corpus lies in the input .*papers; build into"):
+        make(papers, tiny_tokenizer, papers / "corpus")
+    assert not (papers / "corpus").exists()
 
 
 def test_a_build_killed_while_it_wrote_its_marker_goes_on(

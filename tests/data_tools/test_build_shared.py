@@ -1,5 +1,7 @@
 """A build by several processes makes the bytes of one, whatever becomes of them, and none waits for ever."""
 
+import errno
+import json
 import os
 import shutil
 import signal
@@ -8,15 +10,19 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 
+from data_tools import shared_build
 from data_tools.build import build
 from data_tools.claims import Claims
 from data_tools.errors import UserError
+from data_tools.finalize import finalize
 from data_tools.launcher import Task, discover
+from data_tools.manifest import Manifest
 from data_tools.recipe import Decisions, Recipe
+from data_tools.shared_build import build_shared
 from tests.data_tools.sources import simple_article, simple_record, write_jsonl
 
 PROCESS = """
@@ -212,6 +218,50 @@ def test_a_process_that_is_stopped_and_goes_on_while_others_make_its_part_does_n
     assert contents(tmp_path / "corpus") == alone
 
 
+def test_records_and_files_that_were_half_written_are_made_again(
+    papers: Path, tiny_tokenizer: Path, tmp_path: Path, alone: dict[str, bytes]
+) -> None:
+    parts = tmp_path / "corpus" / "parts"
+    for name, content in alone.items():
+        if not name.startswith("corpus.json"):
+            path = tmp_path / "corpus" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    (parts / "part-00000.json").write_bytes(alone["parts/part-00000.json"][:100])
+    (parts / "part-00001.json").write_bytes(b"")
+    (parts / ".part-00002.json.partial").write_bytes(b"{")
+    (parts / "part-00003.bin").write_bytes(b"")
+    (parts / ".shared-part-00004.n7-1-a").mkdir()
+    (parts / ".shared-part-00004.n7-1-a" / "part-00004.json").write_bytes(b"{")
+    share = build_shared([papers], tiny_tokenizer, tmp_path / "corpus", RECIPE, 1, Task(0, 1))
+    assert share.finalized
+    found = contents(tmp_path / "corpus")
+    found.pop("parts/.part-00002.json.partial", None)
+    assert found == alone
+
+
+def test_a_process_whose_finalization_was_swept_away_waits_for_that_of_the_other(
+    papers: Path,
+    tiny_tokenizer: Path,
+    tmp_path: Path,
+    alone: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    swept: list[Path] = []
+
+    def finalize_late(work: Path, *arguments: Any) -> Manifest:
+        if not swept:
+            swept.append(work)
+            shutil.rmtree(work)  # as a process does that takes this one for lost
+        return finalize(work, *arguments)
+
+    monkeypatch.setattr(shared_build, "finalize", finalize_late)
+    share = build_shared([papers], tiny_tokenizer, tmp_path / "corpus", RECIPE, 1, Task(0, 1))
+    assert swept
+    assert share.finalized
+    assert contents(tmp_path / "corpus") == alone
+
+
 def test_a_late_process_finds_the_corpus_finished_and_changes_nothing(
     start: Start, tmp_path: Path, papers: Path, tiny_tokenizer: Path
 ) -> None:
@@ -349,6 +399,19 @@ def test_what_started_a_process_is_read_from_its_environment(
     assert discover(environment) == expected
 
 
+def test_a_failure_keeps_its_sentence_where_there_is_no_room_to_leave_it_for_the_others(
+    tmp_path: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    bad = tmp_path / "bad.jsonl.gz"
+    bad.write_bytes(b"no gzip")
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=r"bad\.jsonl\.gz is not a readable gzip"):
+        build_shared([bad], tiny_tokenizer, tmp_path / "corpus", RECIPE, 1, Task(0, 1))
+
+
 def test_a_claim_is_held_by_one_and_free_again_when_given_up(tmp_path: Path) -> None:
     first, second = Claims(tmp_path, STALE), Claims(tmp_path, STALE)
     claim = first.take("x")
@@ -369,11 +432,30 @@ def test_a_claim_outlives_its_staleness_as_long_as_its_holder_lives_and_no_longe
     assert second.take("x") is None
     claim.release()
     path = tmp_path / first.file_name("x")
-    path.write_text('{"owner": "n7-1-a", "host": "n7", "pid": 1}')
+    path.write_text('{"owner": "n7-1-a", "machine": "n7", "pid": 1}')
     os.utime(path, (time.time() - 10, time.time() - 10))
     taken = second.take("x")
     assert taken is not None
     assert first.take("x") is None
+    taken.release()
+
+
+def test_a_claim_of_a_process_that_cannot_be_seen_from_here_is_not_taken_for_lost(tmp_path: Path) -> None:
+    claims = Claims(tmp_path, STALE)
+    path = tmp_path / claims.file_name("x")
+    gone = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True
+    )
+    mine = claims.take("y")
+    assert mine is not None
+    holder = json.loads((tmp_path / claims.file_name("y")).read_text())
+    mine.release()
+    # A container on this machine, of the same host name: its numbers of processes say nothing here.
+    path.write_text(json.dumps(holder | {"machine": holder["machine"] + "1", "pid": int(gone.stdout)}))
+    assert claims.take("x") is None
+    path.write_text(json.dumps(holder | {"pid": int(gone.stdout)}))
+    taken = Claims(tmp_path, STALE).take("x")
+    assert taken is not None
     taken.release()
 
 

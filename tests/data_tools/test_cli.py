@@ -157,6 +157,19 @@ def test_verify_names_the_file_in_which_any_byte_changed(
     assert run(capsys, "verify", copy)[0] == 0
 
 
+def test_verify_names_the_record_of_a_part_that_is_damaged(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copy / "parts" / "part-00001.json"
+    content = path.read_text()
+    for damaged in ("", content[:-20], content.replace('"tokens": ', '"tokens": 1', 1)):
+        assert damaged != content
+        path.write_text(damaged)
+        assert_refused(run(capsys, "verify", copy), "part-00001.json is damaged")
+    path.write_text(content.replace('"read": ', '"read": 1'))
+    assert_refused(run(capsys, "verify", copy), "papers that were read")
+
+
 def test_verify_finds_ids_that_the_tokenizer_did_not_make_even_with_right_checksums(
     copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,6 +270,14 @@ def test_every_command_on_a_corpus_refuses_another_directory(
     for command in ("inspect", "stats", "verify"):
         for directory in (tmp_path, tmp_path / "nowhere"):
             assert_refused(run(capsys, command, directory), "is not a corpus")
+
+
+def test_commands_on_a_corpus_refuse_a_url(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("inspect", "stats", "verify"):
+        with pytest.raises(SystemExit) as exit_:
+            main([command, "s3://bucket/corpus"])
+        assert exit_.value.code == 2
+        assert "s3://bucket/corpus is not on this machine; copy it here" in capsys.readouterr().err
 
 
 def test_stats_are_given_as_json_and_as_a_picture(

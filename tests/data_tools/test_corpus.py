@@ -80,7 +80,7 @@ def test_a_read_across_parts_and_left_out_documents_is_right(tiny_corpus: Path) 
 
 def test_a_range_outside_the_stream_is_an_index_error(tiny_corpus: Path) -> None:
     split = Corpus.open(tiny_corpus).split("train")
-    for pair in [(-1, 3), (0, split.tokens + 1), (5, 4)]:
+    for pair in [(-1, 3), (0, split.tokens + 1), (5, 4), (0, 10**30)]:
         with pytest.raises(IndexError):
             split.read([pair])
 
@@ -223,6 +223,8 @@ def test_a_split_file_of_other_numbers_is_refused(copy: Path) -> None:
         np.where(np.arange(len(whole)) == documents, whole + 1, whole),
         np.where(np.arange(len(whole)) == len(whole) - 1, whole - 1, whole),
         np.where(np.arange(len(whole)) == len(whole) - 2, whole - 1, whole),
+        np.where(np.arange(len(whole)) == documents + 1, whole - 10**12, whole),
+        np.where(np.arange(len(whole)) == documents + 2, whole + 10**12, whole),
     ):
         np.save(path, changed)
         with pytest.raises(UserError, match=rf"{path.name} (is damaged|does not fit)"):

@@ -12,6 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from data_tools.corpus import Corpus, Split
 from data_tools.errors import UserError
+from data_tools.storage import UrlStorage
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def _first_tokens(split: Split) -> bytes:
 def test_it_goes_to_other_processes(url: str, tiny_corpus: Path) -> None:
     in_memory = Corpus.open(url).split("train")
     assert _first_tokens(pickle.loads(pickle.dumps(in_memory))) == _first_tokens(in_memory)
-    split = Corpus.open(f"file://{tiny_corpus}").split("train")
+    split = Corpus(UrlStorage(f"file://{tiny_corpus}"), in_memory.corpus.manifest).split("train")
     expected = _first_tokens(split)  # the file system is in use before the fork
     for method in ("fork", "spawn"):
         with multiprocessing.get_context(method).Pool(2) as pool:
@@ -81,6 +82,14 @@ def test_its_tokenizer_can_be_opened_here_and_its_directory_cannot(url: str, tin
     assert corpus.tokenizer_path.read_bytes() == (tiny_corpus / "tokenizer.model").read_bytes()
     with pytest.raises(UserError, match="memory://bucket/corpus is not on this machine; copy it here"):
         corpus.part_prefix(0)
+
+
+def test_a_file_url_is_the_directory(tiny_corpus: Path) -> None:
+    corpus = Corpus.open(f"file://{tiny_corpus}")
+    assert corpus.directory == tiny_corpus
+    assert corpus.location == str(tiny_corpus)
+    here = Corpus.open(tiny_corpus).split("train")
+    assert _first_tokens(corpus.split("train")) == _first_tokens(here)
 
 
 def test_a_file_that_is_cut_grown_or_missing_is_named_at_opening(url: str) -> None:
@@ -115,3 +124,6 @@ def test_no_corpus_and_no_such_protocol_are_one_sentence(url: str) -> None:
         Corpus.open("memory://bucket/elsewhere")
     with pytest.raises(UserError, match="nosuch://bucket/corpus"):
         Corpus.open("nosuch://bucket/corpus")
+    with pytest.raises(UserError, match="was given with a password") as error:
+        Corpus.open("s3://key:secret@host/corpus")
+    assert "secret" not in str(error.value)

@@ -1,6 +1,7 @@
 """Which files a build reads: found wherever they are, paired with what belongs to them, in a fixed order."""
 
 import json
+import re
 from pathlib import Path
 
 import fsspec
@@ -110,6 +111,23 @@ def test_of_a_datasets_directory_the_tables_of_its_state_are_read(tmp_path: Path
     (root / "state.json").write_text("{}")
     with pytest.raises(UserError, match=r"state\.json is not the state of a dataset"):
         find_inputs([root])
+
+
+def test_an_empty_name_is_not_the_working_directory() -> None:
+    with pytest.raises(UserError, match="An input has no name"):
+        find_inputs([""])
+
+
+def test_what_datasets_cached_of_its_data_is_passed_over_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "0.0.0"
+    write(root, "dataset_info.json", "text-train.arrow", "cache-1f.arrow", "cache-2e_00000_of_00002.arrow")
+    assert names(root) == ["0.0.0/text-train.arrow"]
+    assert re.search(r"2 files such as .*cache-\S+ were passed over", capsys.readouterr().err)
+    assert names(root / "cache-1f.arrow") == ["cache-1f.arrow"]
+    write(tmp_path / "other", "cache-1f.arrow")
+    assert names(tmp_path / "other") == ["other/cache-1f.arrow"]
 
 
 def test_a_directory_at_a_url_is_found_and_read_as_a_local_one_is(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def test_a_finished_part_is_found_without_its_input_being_read(
     task: PartTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = _made(task)
+    _set_clock_of_output(task, seconds=660)
 
     def fail(files: Sequence[InputFile]) -> None:
         raise AssertionError("the input was read")
@@ -51,6 +52,29 @@ def test_a_finished_part_is_found_without_its_input_being_read(
     monkeypatch.setattr(parts, "describe", fail)
     monkeypatch.setattr(parts, "ShardReader", fail)
     assert _made(task) == made
+
+
+def _set_clock_of_output(task: PartTask, seconds: float) -> None:
+    """Make the part's record as old as if the server of the output were ahead of that of the input."""
+    record = task.directory / "part-00000.json"
+    changed = os.stat(task.files[0].path).st_ctime_ns + int(seconds * 1e9)
+    os.utime(record, ns=(changed, changed))
+
+
+def test_a_change_is_noticed_though_the_clock_of_the_inputs_server_is_ten_minutes_behind(
+    task: PartTask,
+) -> None:
+    made = _made(task)
+    path = Path(task.files[0].path)
+    path.write_text(path.read_text().replace("the", "eht"))
+    _set_clock_of_output(task, seconds=590)
+    assert _made(task).info.inputs.checksum != made.info.inputs.checksum
+
+
+def test_an_input_that_is_gone_is_one_sentence(task: PartTask) -> None:
+    os.unlink(task.files[0].path)
+    with pytest.raises(UserError, match=r"The input .*papers\.jsonl cannot be read: No such file"):
+        _made(task)
 
 
 def test_an_input_with_other_content_of_the_same_size_and_date_makes_the_part_anew(task: PartTask) -> None:

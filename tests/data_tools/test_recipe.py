@@ -101,6 +101,41 @@ def test_what_is_wrong_is_named_with_file_key_and_what_is_expected(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        "{a: x, a: y}",
+        "[",
+        "!!int x",
+        "!!timestamp x",
+        "2001-99-99",
+        "!!python/name:os.system",
+        "9" * 5000,
+        "[" * 400,
+        "*a",
+        "{[]: 1}",
+    ],
+)
+def test_the_value_of_an_option_that_is_not_sound_yaml_is_one_short_sentence(value: str) -> None:
+    with pytest.raises(
+        UserError, match=r"^The value .* of the option --measures\.test_sets is not YAML"
+    ) as error:
+        read_recipe(None, {"measures.test_sets": value})
+    assert len(str(error.value)) < 500
+
+
+def test_aliases_without_end_are_one_short_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    lists = [f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]" for n in range(9)]
+    file.write_text("\n".join(["a0: &a0 [x]", *lists, "max_bad: *a9"]))
+    with pytest.raises(UserError, match="unknown key a0"):
+        read_recipe(file)
+    file.write_text("max_bad: {" + ", ".join(["a0: &a0 [x]", *lists]) + "}")
+    with pytest.raises(UserError, match=r"max_bad is .*expected a number") as error:
+        read_recipe(file)
+    assert len(str(error.value)) < 500
+
+
 def test_a_file_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.yaml cannot be read"):
         read_recipe(tmp_path / "none.yaml")

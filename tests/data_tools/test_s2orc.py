@@ -3,13 +3,16 @@
 import copy
 import io
 import json
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import pytest
 
 from data_tools.papers import Block, Paper, Rejected
 from data_tools.readers.json_records import read_lines
+from data_tools.readers.spans import AnnotatedText
 from data_tools.streams import InputStream
 from tests.data_tools.sources import S2orcText, cleaned_text, s2orc_record
 
@@ -20,7 +23,7 @@ def read(*lines: bytes | str | object) -> list[Paper | Rejected]:
         line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
         for line in lines
     ]
-    return list(read_lines(InputStream(io.BytesIO(b"\n".join(raw) + b"\n"), "x.jsonl"), "x.jsonl"))
+    return list(read_lines(InputStream(io.BytesIO(b"\n".join(raw) + b"\n"), "x.jsonl", "x.jsonl"), "x.jsonl"))
 
 
 def read_paper(record: object) -> Paper:
@@ -92,6 +95,13 @@ def test_an_abstract_also_annotated_as_paragraph_is_not_said_twice() -> None:
     body = S2orcText().add("T", "title").add("Once only.", "abstract", "paragraph").add("Body.", "paragraph")
     paper = read_paper(s2orc_record(body, "1"))
     assert (paper.abstract, paper.sections) == (("Once only.",), (Block("Body."),))
+
+
+def test_a_title_also_annotated_as_paragraph_is_not_said_twice() -> None:
+    record = s2orc_record(S2orcText().add("The title", "title").add("Once only.", "paragraph"), "1")
+    spans = [{"start": 0, "end": len("\nThe title\nOnce only.")}]
+    record["content"]["annotations"]["paragraph"] = json.dumps(spans)  # type: ignore[index]
+    assert cleaned_text(read_paper(record)) == "# The title\n\nOnce only."
 
 
 def test_overlapping_paragraphs_are_not_said_twice() -> None:
@@ -202,6 +212,43 @@ def test_a_long_run_of_spaces_takes_no_long_time() -> None:
     body = S2orcText().add(text, "paragraph").add(" " * 300_000 + "x", "paragraph")
     body.spans["bibref"] = [{"start": 4, "end": 5}]
     assert cleaned_text(read_paper(s2orc_record(body, "1"))).startswith("a b,")
+
+
+def test_a_citation_marker_as_long_as_a_paragraph_is_none() -> None:
+    body = S2orcText().add("12 34 " * 500, "paragraph", "bibref")
+    assert cleaned_text(read_paper(s2orc_record(body, "1"))) == ("12 34 " * 500).strip()
+
+
+@pytest.mark.parametrize("kind", ["figure", "bibref", "paragraph", "abstract"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_twice_the_spans_are_twice_the_work_however_they_overlap(kind: str, nested: bool) -> None:
+    def steps(count: int) -> int:
+        size = 4 * count
+        over = [{"start": n if nested else 0, "end": size - n} for n in range(count)]
+        single = [{"start": 4 * n, "end": 4 * n + 3} for n in range(count)]
+        annotations = {"paragraph": json.dumps(single), "abstract": json.dumps(single[::2])}
+        return _steps(lambda: AnnotatedText("1234" * count, {**annotations, kind: json.dumps(over)}).body())
+
+    assert steps(400) < 3 * steps(200)
+
+
+def _steps(work: Callable[[], object]) -> int:
+    """Bytecodes that the readers run for a piece of work: the same on any machine."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal count
+        count += event == "opcode"
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return trace if "data_tools/readers" in frame.f_code.co_filename else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
 
 
 @pytest.mark.parametrize("value", [True, "abc", 10**30, -1, 1.5, None, {}])

@@ -18,7 +18,7 @@ import zstandard
 from data_tools.build import build
 from data_tools.errors import UserError
 from data_tools.inputs import find_inputs, shards
-from data_tools.papers import Block, Paper, Rejected
+from data_tools.papers import BAD_RECORDS, Block, Paper, Rejected
 from data_tools.readers import jats, json_records
 from data_tools.recipe import Decisions, Recipe
 from data_tools.shards import ShardReader
@@ -277,6 +277,18 @@ def test_members_with_names_out_of_the_archive_are_set_aside_and_nothing_is_writ
     assert reasons(path)[0] == (1, "too_large")
 
 
+def test_members_that_are_no_files_are_set_aside_and_are_no_damage(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as archive:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+            member = tarfile.TarInfo("a.xml")
+            member.type, member.linkname = kind, "/etc/passwd"
+            archive.addfile(member)
+    assert reasons(path) == [(number, "not_a_file") for number in range(1, 5)]
+    assert "unsafe_name" in BAD_RECORDS
+    assert "not_a_file" not in BAD_RECORDS
+
+
 @pytest.mark.parametrize(("suffix", "cut"), [("tar.gz", 0.3), ("tar.gz", 0.99), ("tar", 0.1), ("tar", 0.2)])
 def test_a_cut_package_is_an_error_naming_it(suffix: str, cut: float, tmp_path: Path) -> None:
     members = [(f"{number}.xml", simple_article(number).encode()) for number in range(20)]
@@ -303,6 +315,8 @@ def test_loose_articles_may_be_compressed_and_a_damaged_one_is_counted(suffix: s
     (tmp_path / f"b.{suffix}").write_bytes(whole[: len(whole) // 2])
     found = read(tmp_path)
     assert [getattr(record, "reason", "") for record in found] == ["", "broken_archive"]
+    # What is written into a corpus does not say where its input lay.
+    assert str(found[1].detail).startswith(f"{tmp_path.name}/b.{suffix} is not a readable")
 
 
 def test_a_bomb_of_entities_is_harmless(tmp_path: Path) -> None:
@@ -401,6 +415,27 @@ def test_a_bad_row_is_counted_and_a_damaged_table_is_an_error(tmp_path: Path) ->
     (tmp_path / "y.arrow").write_bytes(b"no table")
     with pytest.raises(UserError, match=r"y\.arrow is not a readable Arrow file"):
         read(tmp_path / "y.arrow")
+
+
+def test_an_arrow_file_with_an_index_is_read_and_compressed_it_is_refused(tmp_path: Path) -> None:
+    table = pa.table({"text": [prose(number, 30) for number in range(150)]})
+    path = tmp_path / "x.arrow"
+    with pa.ipc.new_file(path, table.schema) as file:
+        file.write_table(table, max_chunksize=40)
+    whole = path.read_bytes()
+    assert [paper.sections[0].text for paper in papers_of(path)] == table["text"].to_pylist()
+    path.write_bytes(whole[:-20])
+    with pytest.raises(UserError, match=r"x\.arrow is not a readable Arrow file"):
+        read(path)
+    (tmp_path / "y.arrow.gz").write_bytes(gzip.compress(whole))
+    with pytest.raises(UserError, match=r"y\.arrow\.gz is an Arrow file with an index.*decompress it"):
+        read(tmp_path / "y.arrow.gz")
+
+
+def test_a_compressed_parquet_file_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet.gz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"x\.parquet\.gz is compressed as a whole.*decompress it"):
+        find_inputs([tmp_path])
 
 
 def test_damaged_offsets_of_an_arrow_file_are_rejections_and_nothing_foreign_is_read(tmp_path: Path) -> None:

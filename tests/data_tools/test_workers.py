@@ -3,6 +3,7 @@
 import fcntl
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 import time
@@ -51,6 +52,19 @@ def test_results_and_final_reports_come_for_every_task_in_order(workers: int) ->
 def test_a_killed_worker_is_one_sentence_and_no_hang() -> None:
     with pytest.raises(UserError, match=r"exit code -9.*fewer --workers"):
         run(_die_at_three, list(range(9)), 2, lambda *_: None)
+
+
+def test_more_workers_than_the_system_allows_are_one_sentence_and_leave_none_behind() -> None:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = {process.pid for process in psutil.Process().children()}
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, most[1]))
+    try:
+        with pytest.raises(UserError, match=r"Only \d+ of 40 worker processes could be started.*fewer"):
+            run(_square, list(range(40)), 40, lambda *_: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, most)
+    left = [process for process in psutil.Process().children() if process.pid not in before]
+    assert not [process for process in left if "resource_tracker" not in " ".join(process.cmdline())]
 
 
 def test_an_error_of_a_task_is_the_error_of_the_run() -> None:

@@ -1,14 +1,18 @@
 """A model with odd shapes, and batches for it, small enough for a test on several ranks."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig
 
 from pmc_llama.backends import build_backend
 from pmc_llama.backends.base import Backend
-from pmc_llama.checkpoint import read_weights
-from pmc_llama.config import BackendName, BatchConfig, OptimizerConfig, Recipe
+from pmc_llama.backends.flat_shard import FlatShard
+from pmc_llama.checkpoint import FileTable, Manifest, read_weights
+from pmc_llama.config import BackendName, BatchConfig, DataConfig, OptimizerConfig, Recipe
 from pmc_llama.data import MicroBatch
 from pmc_llama.initialize import RandomWeights
 
@@ -29,10 +33,41 @@ def odd_config(tied: bool = False) -> LlamaConfig:
     )
 
 
+def gathered_config() -> LlamaConfig:
+    """As odd, but with matrices of over 100,000 elements: ZeRO-3 ranks keep smaller ones whole."""
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=321,
+        intermediate_size=331,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        head_dim=104,
+    )
+
+
+def bare_manifest(step: int, files: FileTable, **more: Any) -> Manifest:
+    """A manifest that says no more than it must, but for what is given."""
+    values: dict[str, Any] = {
+        "step": step,
+        "updates": step,
+        "samples": 0,
+        "tokens": 0,
+        "data": {},
+        "guard": {},
+        "recipe": {},
+        "model_config": {},
+        "corpus": "",
+        "versions": {},
+        "files": files,
+    }
+    return Manifest(**{**values, **more})
+
+
 def small_recipe(backend: BackendName, accumulation: int = 1) -> Recipe:
     """AdamW with decay, at a rate that moves the weights, clipped below the norms that occur."""
     return Recipe(
         backend=backend,
+        data=DataConfig(sequence_length=SEQUENCE),
         batch=BatchConfig(global_size=MICRO * accumulation * dist.get_world_size(), micro_size=MICRO),
         optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.5),
     )
@@ -55,6 +90,17 @@ def model_weights(backend: Backend) -> dict[str, Tensor]:
         for name, tensor in backend.state().items()
         if name.startswith("model.")
     }
+
+
+def local_state(backend: Backend) -> dict[str, Tensor]:
+    """This rank's own part of everything that a checkpoint holds; the memory itself."""
+    return {name: _local(tensor) for name, tensor in backend.state().items()}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, FlatShard):
+        return tensor.local
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def micro_batches(step: int, accumulation: int) -> tuple[list[MicroBatch], int]:

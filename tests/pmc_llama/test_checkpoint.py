@@ -33,7 +33,19 @@ def _save(root: Path, step: int) -> Path:
     return checkpoint.save(
         _state(step),
         root,
-        lambda files: Manifest(step, step * 8, step * 64, {"seed": 0}, {}, "abc", {}, files),
+        lambda files: Manifest(
+            step=step,
+            updates=step,
+            samples=step * 8,
+            tokens=step * 64,
+            data={},
+            guard={},
+            recipe={"seed": 0},
+            model_config={},
+            corpus="abc",
+            versions={},
+            files=files,
+        ),
         tokenizer,
         dist.group.WORLD,
     )

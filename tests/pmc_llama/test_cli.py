@@ -17,9 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_tools.errors import UserError
 from pmc_llama import cli
-from pmc_llama.checkpoint import Manifest, save
+from pmc_llama.checkpoint import save
 from pmc_llama.config import Recipe, plain
 from pmc_llama.recipe_file import CHECKS, RECIPE_KEYS, check
+from tests.pmc_llama.small import bare_manifest
 from tests.pmc_llama.test_huggingface_tokenizer import train as train_tokenizer
 from tests.ranks import run_on_ranks
 
@@ -285,7 +286,8 @@ def publish(root: Path, tokenizer: Path) -> None:
         values = json.loads(json.dumps(asdict(Recipe()), default=str))
 
         def describe(files, step=step, values=values):
-            return Manifest(step, step * 128, step * 65_536, values, config.to_dict(), "c0ffee", {}, files)
+            said = {"tokens": step * 65_536, "recipe": values, "model_config": config.to_dict()}
+            return bare_manifest(step, files, **said)
 
         save(state, root / "checkpoints", describe, tokenizer, dist.group.WORLD)
 

@@ -3,7 +3,6 @@ position p is the number p, so that tensors tell where they were read."""
 
 import itertools
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from data_tools.errors import UserError
 from pmc_llama.data import (
@@ -21,37 +19,12 @@ from pmc_llama.data import (
     heldout_batches,
     sample_order,
 )
-from pmc_llama.randomness import IntArray
+from tests.pmc_llama.streams import NumberedStream
 from tests.pmc_llama.test_randomness import chi_square_excess
 
 Mode = Literal["window", "packed"]
 modes = st.sampled_from(["window", "packed"])
 document_lengths = st.lists(st.integers(1, 40), min_size=1, max_size=12)
-
-
-@dataclass
-class NumberedStream:
-    """Documents of these lengths; the token at position p is p."""
-
-    lengths: list[int]
-    reads: list[int] = field(default_factory=list)
-
-    @property
-    def documents(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
-
-    @property
-    def starts(self) -> IntArray:
-        return np.cumsum([0, *self.lengths], dtype=np.int64)
-
-    def read(self, ranges: list[tuple[int, int]]) -> list[NDArray[np.integer]]:
-        assert all(0 <= start <= stop <= self.tokens for start, stop in ranges)
-        self.reads.append(len(ranges))
-        return [np.arange(start, stop, dtype=np.uint16) for start, stop in ranges]
 
 
 def rows(micro_batches: list[MicroBatch]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -93,10 +66,10 @@ def test_window_visits_every_document_exactly_once_an_epoch(
     order = sample_order(stream, "window", length, seed)
     assert order.samples_per_epoch == len(lengths)
     spans = order.spans(np.arange(len(lengths)) + epoch * len(lengths))
-    document = np.searchsorted(stream.starts, spans.first, side="right") - 1
+    document = np.searchsorted(stream.starts, spans.before, side="right") - 1
     assert sorted(document.tolist()) == list(range(len(lengths)))
-    assert np.all(spans.first + spans.tokens <= stream.starts[document + 1])
-    assert np.array_equal(spans.tokens, np.minimum(np.array(lengths)[document], length + 1))
+    assert np.all(spans.end <= stream.starts[document + 1])
+    assert np.array_equal(spans.end - spans.before, np.minimum(np.array(lengths)[document], length + 1))
 
 
 @settings(deadline=None)
@@ -118,7 +91,7 @@ def test_packed_has_one_short_window_and_no_other() -> None:
 def test_window_starts_at_every_place_equally_often_the_last_one_included() -> None:
     stream = NumberedStream([20, 3])
     order = sample_order(stream, "window", 7, seed=5)
-    first = order.spans(np.arange(2 * 13_000)).first
+    first = order.spans(np.arange(2 * 13_000)).before
     counts = np.bincount(first[first < 20], minlength=20)
     assert np.all(counts[13:] == 0)  # 8 tokens fit at 0 .. 12
     assert chi_square_excess(counts[:13], 12) < 5
@@ -127,7 +100,9 @@ def test_window_starts_at_every_place_equally_often_the_last_one_included() -> N
 def test_packed_offset_reaches_every_token_equally_often() -> None:
     stream = NumberedStream([11])
     order = sample_order(stream, "packed", 11, seed=5)
-    counts = np.bincount(order.spans(np.arange(11_000)).first, minlength=11)
+    spans = order.spans(np.arange(11_000))
+    first_of_row = np.unique(spans.row, return_index=True)[1]
+    counts = np.bincount(spans.before[first_of_row], minlength=11)
     assert chi_square_excess(counts, 10) < 5
 
 

@@ -42,7 +42,8 @@ def test_mfu_of_a_cpu_is_not_guessed() -> None:
 
 
 def test_mfu_is_the_part_of_a_known_devices_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = iter(["NVIDIA H200", "NVIDIA GeForce GTX 1080"])
+    names = iter(["NVIDIA H200", "NVIDIA H200 NVL", "NVIDIA H200 NVX"])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: next(names))
     assert model_flops_utilization(494.75e12, torch.device("cuda", 0)) == pytest.approx(0.5)
+    assert model_flops_utilization(417.75e12, torch.device("cuda", 0)) == pytest.approx(0.5)
     assert model_flops_utilization(494.75e12, torch.device("cuda", 0)) is None

@@ -20,6 +20,7 @@ from pmc_llama.backends.flat_shard import FlatShard
 from pmc_llama.checkpoint import Manifest, save
 from pmc_llama.config import Recipe
 from pmc_llama.huggingface import check_directory, export, parameter_shapes, weights_reader
+from tests.pmc_llama.small import bare_manifest
 from tests.pmc_llama.test_huggingface_tokenizer import train
 from tests.ranks import run_on_ranks
 
@@ -203,15 +204,15 @@ def trained(request, tmp_path, gloo, tokenizer_model):
     recipe = json.loads(json.dumps(asdict(Recipe()), default=str))
 
     def describe(files):
-        return Manifest(
-            step=7,
+        return bare_manifest(
+            7,
+            files,
             samples=7 * 128,
             tokens=7 * 128 * 512,
             recipe=recipe,
             model_config=json.loads(model.config.to_json_string(use_diff=False)),
             corpus="c0ffee",
             versions={"torch": "2"},
-            files=files,
         )
 
     return model, save(state, tmp_path / "checkpoints", describe, tokenizer_model, gloo)

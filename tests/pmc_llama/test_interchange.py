@@ -14,7 +14,7 @@ from pmc_llama import checkpoint
 from pmc_llama.backends import build_backend
 from pmc_llama.backends.base import Backend
 from pmc_llama.backends.flat_shard import FlatShard
-from tests.pmc_llama.small import CPU, odd_config, seeded_backend, small_recipe, train_steps
+from tests.pmc_llama.small import CPU, bare_manifest, odd_config, seeded_backend, small_recipe, train_steps
 from tests.ranks import run_on_ranks
 
 BACKENDS = ("deepspeed", "fsdp")
@@ -35,7 +35,7 @@ def _write(directory: Path) -> None:
             checkpoint.save(
                 backend.state(),
                 root,
-                lambda files: checkpoint.Manifest(2, 0, 0, {}, {}, "", {}, files),
+                lambda files: bare_manifest(2, files),
                 Path(__file__),
                 dist.group.WORLD,
             )

@@ -7,7 +7,7 @@ import pty
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -18,13 +18,10 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_tools.errors import UserError
-from pmc_llama.metrics import (
-    Metrics,
-    StepRecord,
-    console_line,
-    peak_memory,
-    read_metrics,
-)
+from pmc_llama.console import console_line
+from pmc_llama.metrics import Metrics, peak_memory, read_metrics
+from pmc_llama.provenance import Start
+from pmc_llama.records import StepRecord
 
 RECORD = StepRecord(
     step=12,
@@ -41,6 +38,21 @@ RECORD = StepRecord(
     tokens_per_second=2468.0,
     tokens_per_second_per_device=1234.0,
     peak_memory_bytes=int(1.2 * 2**30),
+)
+
+
+START = Start(
+    time="2026-01-02T03:04:05+00:00",
+    command="pmc-llama train recipe.yaml",
+    git_commit="0123abcd",
+    git_dirty=False,
+    versions={"torch": "2.13.0"},
+    hosts=["node[1]", "node2"],
+    world_size=16,
+    launcher="slurm",
+    job_id="4711",
+    device="NVIDIA H200",
+    environment={"NCCL_DEBUG": "INFO"},
 )
 
 
@@ -173,6 +185,108 @@ def test_tensorboard_has_the_scalars_and_the_recipe(tmp_path: Path) -> None:
     assert b"seed: 7" in text.tensor_proto.string_val[0]
 
 
+def test_tensorboard_says_what_was_run_where_and_from_which_code(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, 0, 0, "seed: 7\n", every_steps=1, start=START)
+    metrics.close()
+    [text] = tensorboard(tmp_path).Tensors("start/text_summary")
+    shown = text.tensor_proto.string_val[0].decode()
+    for said in (
+        "train recipe.yaml",
+        "0123abcd",
+        "torch 2.13.0",
+        "node[1], node2",
+        "4711",
+        "NCCL_DEBUG INFO",
+    ):
+        assert said in shown
+    [kept] = json.loads((tmp_path / "run.json").read_text())
+    assert kept["job_id"] == "4711"
+
+
+def test_tensorboard_has_skipped_updates_coverage_and_the_stall_of_checkpoints(tmp_path: Path) -> None:
+    record = replace(RECORD, step=1, updates=3, coverage={"books": 0.5}, checkpoint_seconds=1.5)
+    write(tmp_path, [record, replace(record, step=2, skipped="spike")])
+    events = tensorboard(tmp_path)
+    assert scalars(events, "optimizer/skipped") == [(1, 0.0), (2, 1.0)]
+    assert scalars(events, "optimizer/updates")[0] == (1, 3.0)
+    assert scalars(events, "coverage/books")[0] == (1, 0.5)
+    assert scalars(events, "speed/checkpoint-seconds")[0] == (1, 1.5)
+
+
+# --- Weights & Biases ---
+
+# Keeps the calls that are made of it, and the options it knows, as the real package has them.
+STAND_IN = """
+import json, types
+from pathlib import Path
+class errors:
+    class Error(Exception): pass
+def Settings(console, quiet): return {}
+class Run:
+    def __init__(self, dir): self.file = (Path(dir) / "calls.jsonl").open("a")
+    def call(self, *what): self.file.write(json.dumps(what) + "\\n"); self.file.flush()
+    def define_metric(self, name, step_metric): self.call("define_metric", name, step_metric)
+    def log(self, values): self.call("log", values)
+    def finish(self): self.call("finish")
+def init(project, dir, id, resume, config, settings):
+    if project == "refused": raise errors.Error("no API key")
+    run = Run(dir); run.call("init", project, id, resume, config); return run
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "stand-in").mkdir()
+    (tmp_path / "stand-in" / "wandb.py").write_text(STAND_IN.replace("\\\\", "\\"))
+    monkeypatch.syspath_prepend(tmp_path / "stand-in")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    yield
+    sys.modules.pop("wandb", None)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_weights_and_biases_gets_every_step_and_a_resumed_run_goes_on_under_its_id(tmp_path: Path) -> None:
+    for resume_step in (0, 2):
+        metrics = Metrics(tmp_path, 0, resume_step, "seed: 7\n", 1, start=START, wandb_project="papers")
+        metrics.record(at(resume_step + 1))
+        metrics.close()
+    calls = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
+    begins = [call for call in calls if call[0] == "init"]
+    assert begins[0][1] == "papers"
+    assert begins[0][4]["recipe"] == {"seed": 7}
+    assert begins[0][4]["start"]["git_commit"] == "0123abcd"
+    assert begins[0][2] == begins[1][2]
+    logged = [(call[1]["step"], call[1]["loss/train"]) for call in calls if call[0] == "log"]
+    assert logged == [(1, 1.0), (3, 3.0)]
+    assert [call[0] for call in calls].count("finish") == 2
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_weights_and_biases_that_does_not_start_is_told_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no API key.*WANDB_MODE=offline"):
+        Metrics(tmp_path, 0, 0, "", 1, wandb_project="refused")
+
+
+def test_weights_and_biases_that_is_not_installed_is_told_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"logging\.wandb_project is papers.*install pmc-llama\[wandb\]"):
+        Metrics(tmp_path, 0, 0, "", 1, wandb_project="papers")
+
+
+def test_the_real_package_keeps_an_offline_run_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    metrics = Metrics(tmp_path, 0, 0, "seed: 7\n", 1, start=START, wandb_project="papers")
+    metrics.record(at(1))
+    metrics.close()
+    [kept] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert b"loss/train" in kept.read_bytes()
+
+
 # --- the console ---
 
 
@@ -183,30 +297,36 @@ def test_the_console_line_says_how_the_run_goes() -> None:
     )
 
 
+def test_the_console_line_marks_an_update_that_was_not_made_and_why() -> None:
+    line = console_line(replace(RECORD, skipped="loss is not finite"), seconds_per_step=1.0)
+    assert "grad-norm 0.91  skipped: loss is not finite  lr" in line
+
+
 def test_the_console_line_has_held_out_loss_and_mfu_when_there_are_any() -> None:
     line = console_line(replace(RECORD, heldout_loss=4.5, mfu=0.456), seconds_per_step=1.0)
     assert "loss 5.1234  held-out 4.5000  grad-norm" in line
     assert "1,234 tok/s/dev  MFU 45.6%  mem" in line
 
 
-def test_a_log_has_whole_plain_lines_at_the_interval_and_at_first_last_and_held_out_steps(
+def test_a_log_has_whole_plain_lines_at_the_interval_and_at_first_last_held_out_and_skipped_steps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     metrics = Metrics(tmp_path, 0, 0, "", every_steps=3)
     metrics.say("[not markup] " + "long " * 60)
     for step in range(1, 9):
-        metrics.record(replace(at(step), heldout_loss=4.0 if step == 5 else None))
+        record = replace(at(step), heldout_loss=4.0 if step == 5 else None)
+        metrics.record(replace(record, skipped="spike" if step == 7 else None))
     metrics.close()
     said, *lines = capsys.readouterr().out.splitlines()
     assert said == "[not markup] " + "long " * 60
-    assert [line.split()[1] for line in lines] == ["1/8", "3/8", "5/8", "6/8", "8/8"]
+    assert [line.split()[1] for line in lines] == ["1/8", "3/8", "5/8", "6/8", "7/8", "8/8"]
     assert all(re.fullmatch(r"[ -~]*ETA [0-9:]+", line) for line in lines)
 
 
 def test_a_terminal_has_colour_and_the_same_words() -> None:
     program = (
-        "from pmc_llama.metrics import _ConsoleLines; from test_metrics import RECORD;"
-        "_ConsoleLines(0, 1).record(RECORD)"
+        "from pmc_llama.console import ConsoleLines; from test_metrics import RECORD;"
+        "ConsoleLines(0, 1).record(RECORD)"
     )
     parent, child = pty.openpty()
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TERM": "xterm-256color"}

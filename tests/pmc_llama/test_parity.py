@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from pmc_llama import checkpoint
 from pmc_llama.config import BackendName, PrecisionConfig, ShardingConfig
-from tests.pmc_llama.small import odd_config, seeded_backend, small_recipe, train_steps
+from tests.pmc_llama.small import bare_manifest, odd_config, seeded_backend, small_recipe, train_steps
 from tests.ranks import run_on_ranks
 
 STEPS = 8
@@ -29,7 +29,7 @@ def _train_under_both(
             seed = checkpoint.save(
                 backend.state(),
                 directory,
-                lambda files: checkpoint.Manifest(0, 0, 0, {}, {}, "", {}, files),
+                lambda files: bare_manifest(0, files),
                 Path(__file__),
                 world,
             )

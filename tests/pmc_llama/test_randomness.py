@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pmc_llama.randomness import permute, random_bits
+from pmc_llama.randomness import inverse, permute, random_bits
 
 
 @settings(deadline=None)
@@ -27,6 +27,15 @@ def test_permutation_of_an_index_does_not_depend_on_what_else_is_asked(
     whole = permute(np.tile(np.arange(size), 4), size, seed, epochs).reshape(4, size)
     epoch, index = data.draw(st.integers(0, 3)), data.draw(st.integers(0, size - 1))
     assert permute(np.array([index]), size, seed, np.array([epoch]))[0] == whole[epoch, index]
+
+
+@settings(deadline=None)
+@given(size=st.integers(1, 5000), seed=st.integers(), first_epoch=st.integers(0, 10**6))
+def test_the_inverse_leads_every_image_back_to_its_index(size: int, seed: int, first_epoch: int) -> None:
+    index = np.arange(size)
+    epoch = first_epoch + index % 3
+    assert np.array_equal(inverse(permute(index, size, seed, epoch), size, seed, epoch), index)
+    assert np.array_equal(permute(inverse(index, size, seed, epoch), size, seed, epoch), index)
 
 
 def chi_square_excess(counts: NDArray[np.integer], freedom: int) -> float:

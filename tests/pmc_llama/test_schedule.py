@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pmc_llama.config import ScheduleConfig
-from pmc_llama.schedule import learning_rate, total_steps
+from pmc_llama.schedule import learning_rate
 
 PEAK = 2e-5
 schedules = st.builds(
@@ -42,20 +42,3 @@ def test_known_rates_of_a_short_run() -> None:
         0.1 + 0.45 * (1 + math.cos(math.pi * 8 / 9)),
     ]
     assert rates == expected
-
-
-def test_the_paper_makes_187_500_steps() -> None:
-    schedule = ScheduleConfig(epochs=5)
-    assert total_steps(schedule, samples_per_epoch=4_800_000, global_size=128) == 187_500
-
-
-@given(st.floats(0.1, 10), st.integers(1, 10_000), st.integers(1, 512))
-def test_the_steps_cover_the_epochs_and_not_a_step_more(
-    epochs: float, samples: int, global_size: int
-) -> None:
-    steps = total_steps(ScheduleConfig(epochs=epochs), samples, global_size)
-    assert (steps - 1) * global_size < epochs * samples <= steps * global_size
-
-
-def test_given_steps_decide() -> None:
-    assert total_steps(ScheduleConfig(epochs=9, steps=3), 1000, 10) == 3

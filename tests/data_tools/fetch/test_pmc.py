@@ -23,6 +23,7 @@ from data_tools.fetch.listing import Article
 from data_tools.fetch.metadata import parse_metadata
 from data_tools.fetch.packages import Package
 from data_tools.fetch.pmc import PmcFetched, fetch_pmc
+from data_tools.fetch.s2orc import fetch_s2orc
 from data_tools.fetch.web import StoppedError
 from data_tools.recipe import Recipe
 from tests.data_tools.fetch import commands
@@ -292,6 +293,17 @@ def test_a_directory_is_not_continued_with_other_options(fetch):
     fetch()
     with pytest.raises(UserError, match="begun with group commercial, not all"):
         fetch(group="all")
+
+
+@pytest.mark.parametrize("secret", ["user:secret@", "secret@", "user:se/cret@"])
+def test_an_endpoint_with_a_password_is_refused_and_written_nowhere(secret, tmp_path, console):
+    for where in (f"https://{secret}127.0.0.1/bucket", f"https://127.0.0.1/{secret}?sig=x"):
+        with pytest.raises(UserError, match="bare address of the server") as error:
+            fetch_pmc(tmp_path / "out", "commercial", endpoint=where, console=console)
+        assert "secret" not in str(error.value)
+        with pytest.raises(UserError, match="bare address of the server"):
+            fetch_s2orc(tmp_path / "out", "key", endpoint=where, console=console)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_is_a_clear_stop_and_can_be_continued(fetch, tmp_path, monkeypatch):
