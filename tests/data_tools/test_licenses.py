@@ -71,7 +71,7 @@ def test_every_statement_of_the_commercial_articles_is_commercial(shared: Path) 
             paper
             for name, file in articles
             if file
-            for paper in read(InputStream(BytesIO(file.read()), name), name)
+            for paper in read(InputStream(BytesIO(file.read()), name, name), name)
         ]
     statements = {paper.license for paper in papers if isinstance(paper, Paper)}
     assert len(papers) == 1033

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ WRONG_ARGUMENTS = {
     ("train", "--seed", "3", "RECIPE"): "the first argument is --seed, expected the RECIPE file",
     ("compare", "--ranks=3", "RECIPE"): "the first argument is --ranks=3, expected the RECIPE file",
     ("train", "RECIPE", "--output="): "option --output is '', expected a path",
-    ("train", "RECIPE", "--data.corpus", ""): "option --data.corpus is '', expected a path",
+    ("train", "RECIPE", "--data.corpus", ""): "option --data.corpus is '', expected text that is not empty",
     ("train", "RECIPE", "--model.size="): "option --model.size is '', expected text that is not empty",
     (
         "train",
@@ -207,7 +208,10 @@ def test_every_number_of_a_recipe_has_a_range():
             value = getattr(section, field.name)
             if is_dataclass(value):
                 yield from numbers(value, f"{prefix}{field.name}.")
-            elif isinstance(value, int | float) or "int" in str(RECIPE_KEYS[prefix + field.name]):
+            elif {int, float} & {
+                RECIPE_KEYS[prefix + field.name],
+                *get_args(RECIPE_KEYS[prefix + field.name]),
+            }:
                 yield prefix + field.name
 
     check(Recipe())

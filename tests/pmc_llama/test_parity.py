@@ -51,7 +51,12 @@ def _histories(directory: Path) -> tuple[list[tuple[float, float]], list[tuple[f
 
 @pytest.mark.parametrize(
     ("ranks", "accumulation", "tied", "checkpointing"),
-    [(2, 1, False, "none"), (2, 2, False, "none"), (2, 2, True, "full"), (4, 1, False, "none")],
+    [
+        (2, 1, False, "none"),
+        (2, 2, False, "none"),
+        (2, 2, True, "full"),
+        pytest.param(4, 1, False, "none", marks=pytest.mark.slow),
+    ],
 )
 def test_both_backends_have_bitwise_equal_losses_from_one_seed_checkpoint(
     tmp_path: Path, ranks: int, accumulation: int, tied: bool, checkpointing: Literal["none", "full"]
@@ -65,7 +70,10 @@ def test_both_backends_have_bitwise_equal_losses_from_one_seed_checkpoint(
 
 @pytest.mark.parametrize(
     ("ranks", "precision", "tolerance"),
-    [(2, PrecisionConfig("fp32", "fp32"), 1e-5), (3, PrecisionConfig("bf16", "bf16"), 1e-3)],
+    [
+        (2, PrecisionConfig("fp32", "fp32"), 1e-5),
+        pytest.param(3, PrecisionConfig("bf16", "bf16"), 1e-3, marks=pytest.mark.slow),
+    ],
 )
 def test_other_precisions_and_rank_counts_agree_to_rounding(
     tmp_path: Path, ranks: int, precision: PrecisionConfig, tolerance: float

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,6 +22,9 @@ from data_tools.build import build
 from data_tools.corpus import Corpus
 from data_tools.recipe import Decisions, Recipe
 from pmc_llama import cli
+from pmc_llama.checkpoint import read_manifest, verify
+from pmc_llama.metrics import read_metrics
+from pmc_llama.stopping import REQUEUE
 from tests.data_tools.sources import simple_record, write_jsonl
 from tests.pmc_llama.runs import BIN, command_line, finish, kill, numbers, start
 from tests.pmc_llama.small import odd_config
@@ -83,7 +88,12 @@ def uninterrupted(options: dict[str, str], tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize(
     ("first", "then"),
-    [("deepspeed", "deepspeed"), ("fsdp", "fsdp"), ("deepspeed", "fsdp"), ("fsdp", "deepspeed")],
+    [
+        pytest.param("deepspeed", "deepspeed", marks=pytest.mark.slow),
+        pytest.param("fsdp", "fsdp", marks=pytest.mark.slow),
+        ("deepspeed", "fsdp"),
+        ("fsdp", "deepspeed"),
+    ],
 )
 def test_a_run_killed_and_resumed_has_the_numbers_of_one_that_never_was(
     uninterrupted: Path, options: dict[str, str], recipe: Path, tmp_path: Path, first: str, then: str
@@ -198,7 +208,32 @@ def test_mpirun_starts_ranks_that_find_each_other(
     assert numbers(run) == numbers(uninterrupted / "deepspeed")
 
 
-# --- refusals: one process, one sentence, status 2 ---------------------------------------------------------
+def test_a_run_asked_to_stop_publishes_a_checkpoint_and_goes_on_from_it(
+    uninterrupted: Path, options: dict[str, str], recipe: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = command_line(recipe, options, "--backend", "fsdp", "--output", str(run), "--resume")
+    process = start(arguments)
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not (metrics.exists() and len(numbers(run)) >= 2):
+        time.sleep(0.01)
+    ranks = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "pmc_llama.cli" in child.cmdline()
+    ]
+    ranks[-1].send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=240)
+    made = len(numbers(run))
+    assert f"exitcode  : {REQUEUE}" in output  # torchrun's own status is 1
+    assert 2 <= made < STEPS
+    assert (run / "checkpoints" / f"step-{made:08d}" / "manifest.json").is_file()
+    assert f"starting after step {made}" in finish(arguments)
+    assert numbers(run) == numbers(uninterrupted / "fsdp")
+
+
+# --- one process: guards, and refusals in one sentence with status 2 --------------------------------------
 
 
 @pytest.fixture
@@ -206,6 +241,35 @@ def alone() -> Iterator[None]:
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_batches_of_steps_to_skip_are_passed_over(
+    options: dict[str, str], recipe: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    short = {**options, "--schedule.steps": "6", "--guards.skip_steps": "[[3, 4]]"}
+    assert cli.main(["train", *command_line(recipe, short, "--backend", "fsdp", "--output", str(run))]) == 0
+    assert [record["step"] for record in numbers(run)] == [1, 2, 5, 6]
+    manifest = read_manifest(run / "checkpoints" / "step-00000006")
+    assert (manifest.updates, manifest.samples) == (4, 6 * 8)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("backend", ["deepspeed", "fsdp"])
+def test_a_run_that_diverges_stops_with_a_checkpoint_from_before(
+    options: dict[str, str], recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], backend: str
+) -> None:
+    run = tmp_path / "run"
+    wild = {**options, "--optimizer.learning_rate": "1e37", "--guards.max_skipped": "2"}
+    arguments = command_line(recipe, wild, "--backend", backend, "--output", str(run))
+    assert cli.main(["train", *arguments]) == 2
+    said = capfd.readouterr().err
+    records = read_metrics(run / "metrics.jsonl")
+    assert [bool(record["skipped"]) for record in records[-4:]] == [False, True, True, True]
+    good = records[-4]["step"]
+    assert f"checkpoint of step {good}" in said
+    assert verify(run / "checkpoints" / f"step-{good:08d}").updates == good
 
 
 REFUSED = {
