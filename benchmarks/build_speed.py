@@ -81,7 +81,7 @@ def main() -> None:
     options = _options()
     directory = options.directory / f"{options.megabytes * options.scale}-MB"
     size = make_corpus(options.articles, directory, options.megabytes * options.scale * 1_000_000)
-    tools = _tools(options, directory)
+    tools = [tool for tool in _tools(options, directory) if tool.name not in options.without]
     runs: dict[str, list[Run]] = {tool.name: [] for tool in tools}
     for number in range(options.rounds):
         for tool in tools:
@@ -297,6 +297,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--scale", type=int, default=1, help="times as much (default 1)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--without", nargs="*", default=[], metavar="TOOL", help="by the names in the table")
     parser.add_argument("--megatron", type=Path, help="a checkout of Megatron-LM")
     parser.add_argument("--megatron-python", default=sys.executable, help="the Python that runs it")
     parser.add_argument(
