@@ -42,7 +42,7 @@ def build(
 
     Args:
         inputs: files and directories of papers.
-        tokenizer_path: a SentencePiece model.
+        tokenizer_path: a SentencePiece model, or a Hugging Face `tokenizer.json`.
         directory: where the corpus goes.
         recipe: what to select, clean, measure and decide.
         workers: processes.
@@ -79,8 +79,8 @@ def prepare(tokenizer: Tokenizer, recipe: Recipe) -> None:
     Measurer(recipe.measures)
     if tokenizer.why_slow:
         print(
-            f"With the tokenizer {tokenizer.path} sentencepiece itself has to encode, some twenty times "
-            f"slower: {tokenizer.why_slow}.",
+            f"With the tokenizer {tokenizer.path} its own library has to encode, some twenty times slower: "
+            f"{tokenizer.why_slow}.",
             file=sys.stderr,
         )
 

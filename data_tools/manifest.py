@@ -14,24 +14,29 @@ from data_tools.files import write_published
 from data_tools.recipe import Recipe
 
 FORMAT = "pmc-llama corpus"
-VERSION = 2
+VERSION = 3
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+"""A SentencePiece model, or a Hugging Face tokenizer."""
 DTYPES = ("uint16", "int32")
 PART_FILES = ("bin", "idx", "documents.parquet", "rejected.jsonl")
 """Suffixes of the files of a part."""
 DECIDED_FILES = ("train.npy", "heldout.npy", "reasons.npy", "questions.parquet")
 """Files that depend on the decisions."""
+PROMPT_FILES = ("loss_starts.npy", "prompts.json")
+"""Files of a corpus of prompts; the first is not there when the loss is on all of a document."""
 _PART_NAME = re.compile(r"part-\d{5,}")
 
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """The tokenizer that made the ids."""
+    """The tokenizer that made the ids, and the name of its file in the corpus."""
 
     sha256: str
     vocab_size: int
     bos: int
     eos: int
     unk: int
+    file: str
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,8 @@ class Manifest:
         decisions: in their order; the number of the decision that left a document out, from 1, is its entry
             in `reasons.npy`, and 0 stands for a document that counts.
         files: by name: `reasons.npy` (uint8, an entry a document) and `rejected.jsonl`, and
-            `questions.parquet` where test questions were looked for.
+            `questions.parquet` where test questions were looked for; of a corpus of prompts `prompts.json`,
+            and `loss_starts.npy` where the loss is on the answers.
     """
 
     tokenizer: TokenizerInfo
@@ -133,8 +139,8 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the tokenizer, every part's ids and every split's decisions."""
-        identity = {
+        """SHA-256 (hex) over the tokenizer, every part's ids, every split's decisions, and where loss is."""
+        identity: dict[str, Any] = {
             "tokenizer": self.tokenizer.sha256,
             "dtype": self.dtype,
             "parts": [
@@ -142,6 +148,8 @@ class Manifest:
             ],
             "splits": {name: split.file.checksum for name, split in self.splits.items()},
         }
+        if "loss_starts.npy" in self.files:
+            identity["loss_starts"] = self.files["loss_starts.npy"].checksum
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
@@ -256,6 +264,10 @@ def _check(manifest: Manifest) -> None:
     for holds, otherwise in (
         (manifest.dtype in DTYPES, f"the dtype {manifest.dtype!r} is none of {', '.join(DTYPES)}"),
         (manifest.tokenizer.vocab_size > 0, "the vocabulary is empty"),
+        (
+            manifest.tokenizer.file in TOKENIZER_FILES,
+            f"the tokenizer is none of {', '.join(TOKENIZER_FILES)}",
+        ),
         (0 <= manifest.tokenizer.eos < manifest.tokenizer.vocab_size, "the EOD is not in the vocabulary"),
         (manifest.splits.keys() == {"train", "heldout"}, "the splits are not train and heldout"),
         (bool(manifest.parts), "it names no parts"),
@@ -264,7 +276,9 @@ def _check(manifest: Manifest) -> None:
         (min(numbers, default=0) >= 0, "a part has a negative number of documents or tokens"),
         (all(split.documents >= 0 <= split.tokens for split in splits), "a split has a negative size"),
         (
-            {"reasons.npy", "rejected.jsonl"} <= manifest.files.keys() <= {*DECIDED_FILES, "rejected.jsonl"},
+            {"reasons.npy", "rejected.jsonl"}
+            <= manifest.files.keys()
+            <= {*DECIDED_FILES, *PROMPT_FILES, "rejected.jsonl"},
             "the files are not reasons.npy and rejected.jsonl",
         ),
         (

@@ -88,7 +88,7 @@ def build_shared(
 
     Args:
         inputs: as for `build`, like the next three; the same in every process.
-        tokenizer_path: a SentencePiece model.
+        tokenizer_path: a SentencePiece model, or a Hugging Face `tokenizer.json`.
         directory: where the corpus goes; on a file system that all processes share.
         recipe: what to select, clean, measure and decide.
         workers: processes that this one starts.

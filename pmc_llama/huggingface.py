@@ -18,7 +18,6 @@ import yaml
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, HuggingFaceStorageReader, StorageReader
 from torch.distributed.checkpoint.api import CheckpointException
@@ -27,8 +26,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from data_tools.errors import UserError
 from data_tools.files import sync
-from pmc_llama.checkpoint import MANIFEST, TOKENIZER, Manifest, verify
-from pmc_llama.huggingface_tokenizer import write_tokenizer
+from pmc_llama.checkpoint import MANIFEST, Manifest, find_tokenizer, verify
+from pmc_llama.huggingface_tokenizer import SpecialTokens, write_tokenizer
 from pmc_llama.model import check_buildable
 from pmc_llama.progress import ByteProgress
 
@@ -247,9 +246,8 @@ def _write(
     max_shard_bytes: int,
 ) -> None:
     config = _llama_config(manifest.model_config, checkpoint / MANIFEST)
-    tokenizer = checkpoint / TOKENIZER
-    write_tokenizer(tokenizer, directory, config.max_position_embeddings)
-    _write_configs(config, SentencePieceProcessor(model_file=str(tokenizer)), directory, dtype)
+    special = write_tokenizer(find_tokenizer(checkpoint), directory, config.max_position_embeddings)
+    _write_configs(config, special, directory, dtype)
     shapes = parameter_shapes(config)
     (directory / "README.md").write_text(_model_card(name, manifest, shapes, dtype))
 
@@ -291,13 +289,11 @@ def _write_index(split: StateDictSplit, directory: Path) -> None:
     (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _write_configs(
-    config: LlamaConfig, tokenizer: SentencePieceProcessor, directory: Path, dtype: ExportDtype
-) -> None:
+def _write_configs(config: LlamaConfig, special: SpecialTokens, directory: Path, dtype: ExportDtype) -> None:
     config.architectures = ["LlamaForCausalLM"]
     config.dtype = DTYPES[dtype]
-    config.bos_token_id = tokenizer.bos_id() if tokenizer.bos_id() >= 0 else None
-    config.eos_token_id = tokenizer.eos_id()
+    config.bos_token_id = special.bos and special.bos[0]
+    config.eos_token_id = special.eos and special.eos[0]
     config.use_cache = True  # off in training
     config.save_pretrained(directory)
     generation = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
@@ -342,8 +338,8 @@ decisions.
 
 ## Tokenizer
 
-`AutoTokenizer` gives exactly the ids of the SentencePiece model beside it, `{TOKENIZER}`. Characters such
-as `</s>` in a text are text; pass `split_special_tokens=False` to have them read as control tokens.
+`AutoTokenizer` gives exactly the ids that the model was trained on. Characters such as `</s>` or
+`<|endoftext|>` in a text are text; pass `split_special_tokens=False` to have them read as control tokens.
 
 ## Licence
 

@@ -1,4 +1,4 @@
-"""A SentencePiece model as files that transformers' `AutoTokenizer` opens and that give the same ids.
+"""A tokenizer as files that transformers' `AutoTokenizer` opens and that give the same ids.
 
 transformers converts SentencePiece models by itself, but ranks merges by piece id. SentencePiece ranks them
 by the score of the merged piece, leftmost first among equals, and LLaMA's pieces for runs of spaces all have
@@ -8,12 +8,15 @@ ranked by score, and the result is compared with SentencePiece before anything i
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from data_tools.errors import UserError
+from data_tools.json_tokenizer import JsonTokenizer
 
 SPACE = "\u2581"  # SentencePiece's visible space
 
@@ -32,38 +35,85 @@ _PROBES = (
 _PROBED_PIECES = 64
 
 
-def write_tokenizer(model: Path, directory: Path, max_length: int) -> None:
-    """Write `tokenizer.json`, `tokenizer_config.json` and a copy of the SentencePiece model.
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Id and text of a tokenizer's special tokens; None where there is none."""
+
+    bos: tuple[int, str] | None
+    eos: tuple[int, str] | None
+    unk: tuple[int, str] | None
+
+
+def write_tokenizer(source: Path, directory: Path, max_length: int) -> SpecialTokens:
+    """Write `tokenizer.json`, `tokenizer_config.json` and a copy of the SentencePiece model, if it is one.
 
     As with LLaMA's own tokenizer, BOS is added in front when special tokens are asked for, and a text gets
-    one space in front unless it is empty. `split_special_tokens` is on: the characters `</s>` in a paper are
-    text, as they were in training, and become the control token only when the call says
-    `split_special_tokens=False`.
+    one space in front unless it is empty; a `tokenizer.json` stays as it is. `split_special_tokens` is on:
+    the characters `</s>` in a paper are text, as they were in training, and become the control token only
+    when the call says `split_special_tokens=False`.
 
     Args:
-        model: a SentencePiece model that `exact_tokenizer` accepts.
+        source: a tokenizer that `check_tokenizer` accepts.
         directory: where the files go; it must exist.
         max_length: positions of the model.
 
+    Returns:
+        What the model's configuration has to name.
+
     Raises:
-        UserError: of `exact_tokenizer`.
+        UserError: of `check_tokenizer`.
     """
-    exact_tokenizer(model).save(str(directory / "tokenizer.json"))
-    sentencepiece = SentencePieceProcessor(model_file=str(model))
+    if source.suffix == ".json":
+        shutil.copyfile(source, directory / "tokenizer.json")
+        special, added = _json_special_tokens(source), {}
+    else:
+        exact_tokenizer(source).save(str(directory / "tokenizer.json"))
+        shutil.copyfile(source, directory / "tokenizer.model")
+        special = _sentencepiece_special_tokens(source)
+        added = {"add_bos_token": special.bos is not None, "add_eos_token": False}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": _bos(sentencepiece),
-        "eos_token": sentencepiece.id_to_piece(sentencepiece.eos_id()),
-        "unk_token": sentencepiece.id_to_piece(sentencepiece.unk_id()),
-        "add_bos_token": _bos(sentencepiece) is not None,
-        "add_eos_token": False,
+        **{f"{name}_token": token and token[1] for name, token in vars(special).items()},
+        **added,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": max_length,
         "split_special_tokens": True,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shutil.copyfile(model, directory / "tokenizer.model")
+    return special
+
+
+def check_tokenizer(source: Path) -> None:
+    """Whether an export could be given this tokenizer: what could not be exported is not trained.
+
+    Raises:
+        UserError: it is a SentencePiece model without a `tokenizer.json` of the same ids, or is damaged.
+    """
+    if source.suffix == ".json":
+        _json_special_tokens(source)
+    else:
+        exact_tokenizer(source)
+
+
+def _json_special_tokens(source: Path) -> SpecialTokens:
+    try:
+        content = source.read_bytes()
+        library, names = JsonTokenizer(content), Tokenizer.from_str(content.decode())
+    except Exception as error:  # the library has no class of its own for a file that is none
+        raise UserError(
+            f"{source} is not a readable tokenizer.json ({' '.join(str(error).split())}); copy it again"
+        ) from error
+    return _special_tokens(names.id_to_token, library.bos, library.eos, library.unk)
+
+
+def _sentencepiece_special_tokens(source: Path) -> SpecialTokens:
+    model = SentencePieceProcessor(model_file=str(source))
+    return _special_tokens(model.id_to_piece, model.bos_id(), model.eos_id(), model.unk_id())
+
+
+def _special_tokens(text: Callable[[int], str | None], *ids: int) -> SpecialTokens:
+    return SpecialTokens(*((number, str(text(number))) if number >= 0 else None for number in ids))
 
 
 def exact_tokenizer(model: Path) -> Tokenizer:
