@@ -13,6 +13,8 @@ os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
 
 from data_tools.errors import UserError
 from data_tools.fetch.command import add_arguments as add_fetch
+from data_tools.prompted_command import add_arguments as add_prompts
+from data_tools.questions.command import add_arguments as add_questions
 from data_tools.recipe import Decisions, Recipe
 from data_tools.recipe_file import changed, leaves, read_recipe
 
@@ -147,6 +149,8 @@ def _parser() -> argparse.ArgumentParser:
     stats.add_argument("--json", action="store_true", help="print them as JSON")
     text = "check every checksum, every index, and a sample of documents"
     _add_corpus(commands.add_parser("verify", help=text, description=f"{text}."), _verify)
+    add_questions(commands)
+    add_prompts(commands)
     return parser
 
 

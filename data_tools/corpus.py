@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +17,7 @@ from data_tools.tokenizer import Tokens
 
 Positions = NDArray[np.int64]
 
-_MANIFEST, _TOKENIZER = "corpus.json", "tokenizer.model"
+_MANIFEST, _LOSS_STARTS = "corpus.json", "loss_starts.npy"
 
 
 class Corpus:
@@ -80,8 +81,8 @@ class Corpus:
 
     @property
     def tokenizer_path(self) -> Path:
-        """The SentencePiece model inside the corpus; of one at a URL, a copy that goes with this object."""
-        return self.storage.path(_TOKENIZER)
+        """The tokenizer inside the corpus; of one at a URL, a copy that goes with this object."""
+        return self.storage.path(self.manifest.tokenizer.file)
 
     def split(self, name: str) -> "Split":
         """The counted documents of `train` or `heldout`.
@@ -165,9 +166,10 @@ class Corpus:
                 )
 
     def _check_tokenizer(self) -> None:
-        if hashlib.sha256(self.storage.read(_TOKENIZER)).hexdigest() != self.manifest.tokenizer.sha256:
+        tokenizer = self.manifest.tokenizer
+        if hashlib.sha256(self.storage.read(tokenizer.file)).hexdigest() != tokenizer.sha256:
             raise UserError(
-                f"{self.location}/{_TOKENIZER} is damaged: it is not the model that made the ids."
+                f"{self.location}/{tokenizer.file} is damaged: it is not the one that made the ids."
             )
 
 
@@ -214,6 +216,32 @@ class Split:
         return np.append(self.starts[:-1] + (places - begins)[run], places[-1])
 
     @property
+    def has_prompts(self) -> bool:
+        """Documents begin with a prompt, and the loss is on what follows it."""
+        return _LOSS_STARTS in self.corpus.manifest.files
+
+    def loss_starts(self, begins: Positions) -> Positions:
+        """Where the loss begins in documents that are trained on whole.
+
+        Args:
+            begins: where each begins in the stream, int64 `[n]`.
+
+        Returns:
+            int64 `[n]`: the place in the stream of the first token that is a target with loss: the one after
+            the prompt, or after the document's first token when there are no prompts.
+
+        Raises:
+            UserError: the file that says so is damaged.
+        """
+        if not self.has_prompts:
+            return begins + 1
+        run = np.searchsorted(self._runs[:-1, 0], begins, side="right") - 1
+        places = begins + (self._runs[:, 1] - self._runs[:, 0])[run]
+        # In ascending order, one in each document and behind its first token: the next one is its own.
+        found = self._all_loss_starts[np.searchsorted(self._all_loss_starts, places, side="right")]
+        return begins + (found - places)
+
+    @property
     def path(self) -> Path:
         """Of its file.
 
@@ -252,6 +280,24 @@ class Split:
     def __reduce__(self) -> tuple[Any, ...]:
         # A memory map would be pickled as a copy of the whole file.
         return Split, (self.corpus, self.name, self._only)
+
+    @cached_property
+    def _all_loss_starts(self) -> Positions:
+        """Of the documents of all parts, in the concatenation of those: int64 `[documents]`."""
+        where = f"{self.corpus.location}/{_LOSS_STARTS}"
+        try:
+            found: Positions = self.corpus.storage.array(_LOSS_STARTS)
+        except UserError:
+            raise
+        except Exception as error:  # a garbled header raises almost anything, it is parsed as Python
+            raise UserError(f"{where} cannot be read ({error}); make the prompts again.") from error
+        documents = sum(part.documents for part in self.corpus.manifest.parts)
+        if found.dtype != np.int64 or found.shape != (documents,):
+            raise UserError(
+                f"{where} does not fit corpus.json: found {found.dtype} {list(found.shape)}, expected int64 "
+                f"{[documents]}; make the prompts again."
+            )
+        return found
 
     def _keep(self, only: Positions) -> None:
         """Narrow the stream that `_load` found; a run ends where a document or a part is left."""

@@ -56,10 +56,15 @@ def finalize(directory: Path, parts: Sequence[Part], tokenizer: Tokenizer, recip
     infos = [part.info for part in parts]
     questions = Measurer(recipe.measures).test_sets.questions
     decided = _decide(directory, infos, counts, recipe, questions)
-    write_published(directory / "tokenizer.model", tokenizer.model)
+    write_published(directory / tokenizer.file_name, tokenizer.model)
     manifest = Manifest(
         tokenizer=TokenizerInfo(
-            tokenizer.sha256, tokenizer.vocab_size, tokenizer.bos, tokenizer.eos, tokenizer.unk
+            tokenizer.sha256,
+            tokenizer.vocab_size,
+            tokenizer.bos,
+            tokenizer.eos,
+            tokenizer.unk,
+            tokenizer.file_name,
         ),
         dtype=tokenizer.dtype.name,
         rules_version=RULES_VERSION,
@@ -147,6 +152,8 @@ class _Decided:
 
 def _decide_again(directory: Path, decisions: Decisions) -> Manifest:
     manifest = read_manifest(directory)
+    if "prompts.json" in manifest.files:
+        raise UserError(f"{directory} is of prompts, whose splits are those of their questions.")
     counts = add_counts([_part_counts(directory, part.name) for part in manifest.parts])
     recipe = replace(manifest.recipe, decisions=decisions)
     questions: list[TestQuestion] = []

@@ -49,6 +49,7 @@ def verify(directory: Path) -> Verified:
     _check_files(files)
     for name in corpus.manifest.splits:
         _check_split(corpus.split(name))
+        _check_loss_starts(corpus.split(name))
     _check_reasons(corpus)
     sampled = [_check_part(corpus, number, tokenizer) for number in range(len(corpus.manifest.parts))]
     _check_records(corpus)
@@ -96,6 +97,14 @@ def _check_split(split: Split) -> None:
         raise UserError(f"{split.path} is damaged: its documents overlap or are unordered.")
 
 
+def _check_loss_starts(split: Split) -> None:
+    """Check that the loss of each document begins in it, behind its first token."""
+    begins, ends = split.starts[:-1], split.starts[1:]
+    found = split.loss_starts(begins)
+    if split.has_prompts and ((found <= begins) | (found >= ends)).any():
+        raise UserError(f"The loss starts of {split.corpus.location} are damaged: make the prompts again.")
+
+
 def _check_reasons(corpus: Corpus) -> None:
     """Check that the documents without a reason against them are those of the splits."""
     manifest = corpus.manifest
@@ -140,8 +149,9 @@ def _check_part(corpus: Corpus, number: int, tokenizer: Tokenizer) -> tuple[int,
         if not len(tokens.lengths):
             return 0, 0
         same = []
+        begins = int("prompts.json" in corpus.manifest.files and tokenizer.bos >= 0)  # with a BOS
         for document in documents:
-            text = _decode(tokens.document(document), tokenizer)
+            text = _decode(tokens.document(document)[begins:], tokenizer)
             if text is None:
                 raise UserError(
                     f"Document {document} of {prefix}.bin is not what its tokenizer makes of its text."

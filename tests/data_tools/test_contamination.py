@@ -54,7 +54,7 @@ def test_every_published_layout_is_read(tmp_path: Path) -> None:
             "opb": "b",
             "opc": "c",
             "opd": "d",
-            "cop": 1,
+            "cop": 4,
             "exp": None,
         },
         {"id": "m2", "question": SHORT, "opa": "a", "opb": "b", "opc": "c", "opd": "d"},
@@ -64,7 +64,7 @@ def test_every_published_layout_is_read(tmp_path: Path) -> None:
         Question("1", LONG, (*abc, "all"), 4),
         Question("2", LONG, abc, 0),
         Question("d1", LONG, ("x", "y"), 1),
-        Question("m1", SHORT, ("a", "b", "c", "d"), 0),
+        Question("m1", SHORT, ("a", "b", "c", "d"), 3),
         Question("m2", SHORT, ("a", "b", "c", "d"), None),
     ]
     record = {"QUESTION": "Q?", "CONTEXTS": ["c"], "LONG_ANSWER": "L.", "final_decision": "maybe"}
@@ -82,7 +82,7 @@ def test_every_published_layout_is_read(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.json", '{"question": "x"}\n', "Question 1 of .* is in no known form"),
-        ("a.json", '{"question": "x", "options": {"A": "a"}}\nbroken\n', "Question 2 of"),
+        ("a.json", '{"question": "x", "options": {"A": "a", "B": "b"}}\nbroken\n', "Question 2 of"),
         ("a.json", "", "holds no question"),
         ("a.json", "{}", "holds no question"),
         ("a.csv", "only,three,fields\n", "Question 1 of"),
