@@ -13,7 +13,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from data_tools.errors import UserError
 from pmc_llama.config import ModelConfig
 
-# 7b: Touvron et al. 2023 (arXiv 2302.13971), table 2; feed-forward width and epsilon as released.
+# 7b to 65b: LLaMA, Touvron et al. 2023 (arXiv 2302.13971), table 2; 33b has 32.5 billion parameters, named
+# 30B in the release. Its feed-forward width is two thirds of 4 x hidden, up to the next multiple of 256.
+# 70b: Llama 2, Touvron et al. 2023 (arXiv 2307.09288), table 1 and appendix A.2.1: 8 key-value heads, and a
+# feed-forward 1.3 times as wide, up to the next multiple of 4096, for what those save.
+# Epsilons and positions as released (params.json): 1e-6 up to 33b, 1e-5 from 65b on.
 SIZES: dict[str, dict[str, Any]] = {
     "demo": {
         "hidden_size": 128,
@@ -28,6 +32,38 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
         "vocab_size": 32000,
+    },
+    "13b": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "vocab_size": 32000,
+    },
+    "33b": {
+        "hidden_size": 6656,
+        "intermediate_size": 17920,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 52,
+        "vocab_size": 32000,
+    },
+    "65b": {
+        "hidden_size": 8192,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "vocab_size": 32000,
+        "rms_norm_eps": 1e-5,
+    },
+    "70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
     },
 }
 
@@ -48,7 +84,7 @@ def llama_config(model: ModelConfig, vocab_size: int) -> LlamaConfig:
         UserError: `size` is neither a known size nor a LLaMA `config.json`.
     """
     if model.size in SIZES:
-        config = LlamaConfig(**_COMMON, **SIZES[model.size])
+        config = LlamaConfig(**{**_COMMON, **SIZES[model.size]})
     else:
         config = _config_from_file(Path(model.size))
         check_buildable(config, model.size)
