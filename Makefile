@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-cluster lint bench clean
 
 demo: $(READY)
 	$(BIN)/python launch/demo.py
@@ -14,11 +14,16 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout=900
 
+# On a SLURM and MPIs of its own. As root on Debian it installs SLURM; where none can be had the tests are skipped.
+test-cluster: $(READY)
+	tests/cluster/install.sh
+	$(BIN)/python -m pytest -m cluster tests/cluster
+
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run
+	$(BIN)/shellcheck .ci/run launch/*.sh launch/*.slurm tests/cluster/*.sh
 
 bench: $(READY)
 	$(BIN)/python benchmarks/sample_order.py

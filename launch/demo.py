@@ -118,7 +118,7 @@ def show_result(trained_on: float, reloaded: float, seconds: float) -> None:
     difference = abs(reloaded - trained_on)
     console.rule(f"[bold]made in {seconds:.0f} s")
     console.print(f"token files   {OUTPUT}/corpus")
-    console.print(f"comparison    {OUTPUT}/compare/report.md, picture {OUTPUT}/compare/losses.png")
+    console.print(f"comparison    {OUTPUT}/compare/report.md, picture {OUTPUT}/compare/comparison.png")
     console.print(f"run           {OUTPUT}/continued, its checkpoints, metrics.jsonl and TensorBoard files")
     console.print(f"model         {OUTPUT}/model, for LlamaForCausalLM and AutoTokenizer\n")
     console.print(f"held-out loss by the trainer    {trained_on:.6f} nats a token")

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PRELOADED = ["torch", "torch.distributed", "pmc_llama.watchdog", "pmc_llama.stopping"]
+PRELOADED = [
+    "torch",
+    "torch.distributed",
+    "pmc_llama.watchdog",
+    "pmc_llama.stopping",
+    "pmc_llama.preflight.run",
+]
 
 
 def start_ranks(

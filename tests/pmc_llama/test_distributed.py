@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pmc_llama.distributed import Ranks, discover
+from data_tools.errors import UserError
+from pmc_llama.ranks import Ranks, as_ranges, discover
 
 BIN = Path(sys.executable).parent
 LAUNCHER_VARIABLES = re.compile(
@@ -43,7 +44,10 @@ MPICH = {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRA
             SRUN | {"PMI_RANK": "3", "PMI_SIZE": "4"}, Ranks(3, 4, 1, "slurm"), id="srun --mpi=pmi2"
         ),
         pytest.param(SRUN | {"PMIX_RANK": "3"}, Ranks(3, 4, 1, "slurm"), id="srun --mpi=pmix"),
-        pytest.param(SBATCH_SHELL, Ranks(0, 1, 0, "alone"), id="batch script"),
+        pytest.param(
+            SBATCH_SHELL | {"SLURM_NTASKS": "1"}, Ranks(0, 1, 0, "alone"), id="batch script of one task"
+        ),
+        pytest.param({"WORLD_SIZE": "1", "PMI_SIZE": "1"}, Ranks(0, 1, 0, "alone"), id="sizes of one"),
         pytest.param(SRUN | TORCHRUN, Ranks(5, 8, 1, "torchrun"), id="torchrun under srun"),
         pytest.param(SRUN | OPENMPI, Ranks(2, 4, 0, "openmpi"), id="Open MPI inside sbatch"),
         pytest.param(SRUN | MPICH, Ranks(1, 4, 1, "mpich"), id="MPICH inside sbatch"),
@@ -51,6 +55,43 @@ MPICH = {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRA
 )
 def test_ranks_are_read_from_what_the_launcher_sets(environment: dict[str, str], expected: Ranks) -> None:
     assert discover(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        pytest.param(
+            SBATCH_SHELL, "job 7, which is for 4 tasks.*start all of them, by `srun", id="batch script"
+        ),
+        pytest.param(
+            SRUN | {"SLURM_STEP_ID": "4294967290"}, "which is for 4 tasks", id="shell of an interactive step"
+        ),
+        pytest.param({"PMI_RANK": "2", "PMI_SIZE": "4"}, "PMI_SIZE=4 says", id="PMI without local ranks"),
+        pytest.param({"PMIX_RANK": "0"}, "PMIX_RANK=0 says", id="PMIx without Open MPI"),
+        pytest.param(
+            {"RANK": "1", "WORLD_SIZE": "2"},
+            "WORLD_SIZE=2 says",
+            id="ranks of nodes, as Kubernetes sets them",
+        ),
+        pytest.param(
+            {"OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE is not set", id="half of the variables"
+        ),
+        pytest.param(
+            TORCHRUN | {"WORLD_SIZE": "5"}, "RANK is 5, expected less than WORLD_SIZE", id="too large"
+        ),
+        pytest.param(TORCHRUN | {"RANK": "x"}, "RANK is x, expected a whole number", id="no number"),
+    ],
+)
+def test_one_of_several_processes_never_takes_itself_for_the_only_one(
+    environment: dict[str, str], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        discover(environment)
+
+
+def test_ranks_are_named_by_ranges() -> None:
+    assert as_ranges([3]) == "rank 3"
+    assert as_ranges([7, 0, 1, 2, 5, 6]) == "ranks 0-2, 5-7"
 
 
 PROGRAM = """
@@ -77,7 +118,7 @@ try:
     print(json.dumps(report) + "\\n", end="", flush=True)
     disconnect()
 except Exception as error:
-    if first_to_fail():
+    if first_to_fail(error):
         time.sleep(1)  # slow to speak: the others' end must not cut it short
         print(f"SAID {type(error).__name__}: {error}\\n", end="", flush=True)
     sys.exit(2)
@@ -202,22 +243,49 @@ def test_a_failing_scontrol_is_named(tmp_path: Path) -> None:
     )
 
 
-def test_mpi4py_of_another_mpi_than_mpiruns_is_refused_with_both_sizes(tmp_path: Path) -> None:
-    # PyPI's mpich, told nothing it knows, makes a world of one.
-    environment = {name: value for name, value in OPENMPI.items() if name != "PMIX_RANK"}
-    [sentence] = said(
-        finish(start(tmp_path, ALONE, environment={**environment, "OMPI_COMM_WORLD_RANK": "0"}))
-    )
-    assert "mpirun started 4 ranks but mpi4py sees 1" in sentence
+def test_mpi4py_of_another_mpi_than_mpiruns_is_refused_by_name(tmp_path: Path) -> None:
+    # The environment has PyPI's mpich.
+    environment = {**OPENMPI, "OMPI_COMM_WORLD_RANK": "0"}
+    [sentence] = said(finish(start(tmp_path, ALONE, environment=environment)))
+    assert "mpirun is of Open MPI, but mpi4py loads MPICH" in sentence
 
 
-def test_ranks_that_do_not_come_are_an_error_that_names_the_meeting_place(tmp_path: Path) -> None:
-    environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [{}, {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}])
+def test_variables_of_an_mpirun_that_mpi_knows_nothing_of_are_refused_with_both_sizes(
+    tmp_path: Path, place: dict[str, str]
+) -> None:
+    # As a shell that mpirun started hands them on; MPICH makes a world of one there.
+    [sentence] = said(finish(start(tmp_path, ALONE, environment={**MPICH, "PMI_RANK": "0", **place})))
+    assert "rank 0 of 4, but mpi4py says rank 0 of 1" in sentence
+
+
+def test_ranks_that_do_not_come_are_named(tmp_path: Path) -> None:
+    environment = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
     [sentence] = said(finish(start(tmp_path, ALONE, environment=environment)))
     assert "MASTER_PORT is not" in sentence
     environment["MASTER_PORT"] = "0"
     [sentence] = said(finish(start(tmp_path, ALONE, timeout=2, environment=environment)))
-    assert sentence.startswith("UserError: Rank 0 of 2 did not meet the others at localhost:0")
+    assert sentence.startswith("NoMeeting: ranks 1-3 of 4 did not come to localhost:0")
+    assert f"rank 0 came, from {socket.gethostname()}" in sentence
+
+
+@pytest.mark.slow
+def test_the_nodes_of_ranks_that_do_not_come_are_named_under_slurm(tmp_path: Path) -> None:
+    path = stub_scontrol(tmp_path, f"echo {socket.gethostname()} && echo node2")
+    environment = srun_environment(0, path, job_whose_port_is_free())
+    [sentence] = said(finish(start(tmp_path, ALONE, timeout=2, environment=environment)))
+    assert "rank 1 of 2 did not come" in sentence
+    assert sentence.endswith("nobody came from node2.")
+
+
+@pytest.mark.slow
+def test_ranks_whose_rank_0_does_not_come_say_so(tmp_path: Path) -> None:
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(1)}
+    [sentence] = said(finish(start(tmp_path, ALONE, timeout=2, environment={**environment, **place})))
+    assert sentence.startswith("NoMeeting: Rank 1 of 2, on ")
+    assert "did not meet the others at localhost:1" in sentence
 
 
 @pytest.mark.parametrize(
