@@ -4,7 +4,8 @@ The bare loop is what a careful user would write in an afternoon: the same LLaMA
 AdamW and clipping, batches that lie in memory, the mean loss over the ranks at every step, and nothing else.
 The trainer reads its corpus, logs every step to the console, metrics.jsonl and TensorBoard, and watches for
 trouble. Both run as fresh processes on the same number of ranks and take turns; what counts is the median
-time from the end of a step to the end of the next, after the first few.
+time from the end of a step to the end of the next, after the first few. The trainer's own account of its
+start, up to the first step, stands below each line: that of the last pair.
 
     python -m benchmarks.train_cost
 """
@@ -57,7 +58,7 @@ def _compare(directory: Path, pairs: int, steps: int) -> None:
             ours, bare, starts = [], [], []
             for pair in range(pairs):
                 run = directory / f"{backend}-{ranks}-{pair}"
-                rows = _train(run, directory / "corpus", config, backend, ranks, steps)
+                rows, account = _train(run, directory / "corpus", config, backend, ranks, steps)
                 ours.append(_speed([row["seconds_since_start"] for row in rows]))
                 starts.append(rows[0]["seconds_since_start"])
                 bare.append(_speed(_bare(config, backend, ranks, steps)))
@@ -65,6 +66,7 @@ def _compare(directory: Path, pairs: int, steps: int) -> None:
             speeds = f"pmc-llama {_told(ours)}  bare {_told(bare)}  median of the ratios {ratio:.3f}"
             start = f"first step after {statistics.median(starts):.1f} s"
             print(f"{backend:9} {ranks} rank{'s' * (ranks > 1):1}  {speeds}; {start}", flush=True)
+            print(f"          {account}", flush=True)
 
 
 def _prepare(directory: Path) -> Path:
@@ -90,7 +92,8 @@ def _launch(ranks: int, arguments: list[Any]) -> str:
 
 def _train(
     run: Path, corpus: Path, config: Path, backend: str, ranks: int, steps: int
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], str]:
+    """The records of a run, and what it says of its start."""
     recipe = run.with_suffix(".yaml")
     recipe.write_text("seed: 1\n")
     options = {
@@ -106,8 +109,9 @@ def _train(
         "evaluation.max_sequences": 2,
     }
     words = [word for key, value in options.items() for word in (f"--{key}", value)]
-    _launch(ranks, ["--module", "pmc_llama.cli", "train", recipe, *words])
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    output = _launch(ranks, ["--module", "pmc_llama.cli", "train", recipe, *words])
+    account = next(line for line in output.splitlines() if line.startswith("first step"))
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()], account
 
 
 def _bare(config: Path, backend: str, ranks: int, steps: int) -> list[float]:

@@ -74,6 +74,10 @@ class TrainingBatches:
         self._first_sample = first_sample
         self._positions = positions
 
+    def tokens(self, first_sample: int) -> int:
+        """Inputs of the batch at `first_sample` over all ranks, padding included."""
+        return self._global_size * self._order.sequence_length
+
     def batch(self, first_sample: int) -> Batch:
         """The batch whose samples, over all ranks, are `first_sample` .. `first_sample` + global_size - 1.
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from data_tools.errors import UserError
 from pmc_llama.randomness import IntArray
 from pmc_llama.sample_order import SampleOrder
-from pmc_llama.spans import Spans, TokenReader, joined
+from pmc_llama.spans import DocumentReader, Spans, joined
 
 MOST_WEIGHT = 100_000  # the schedule of one period is kept, a few bytes a corpus and sample
 
@@ -142,7 +142,7 @@ class BlendedStream:
         sizes: tokens of each.
     """
 
-    def __init__(self, streams: Sequence[TokenReader], sizes: Sequence[int]) -> None:
+    def __init__(self, streams: Sequence[DocumentReader], sizes: Sequence[int]) -> None:
         self._streams = streams
         self._bases = np.cumsum([0, *sizes])
 
@@ -156,3 +156,12 @@ class BlendedStream:
             own = [(ranges[place][0] - base, ranges[place][1] - base) for place in mine]
             found.update(zip(mine, stream.read(own), strict=True))
         return [found[place] for place in range(len(ranges))]
+
+    def loss_starts(self, begins: IntArray) -> IntArray:
+        """See `DocumentReader.loss_starts`."""
+        stream_of = np.searchsorted(self._bases, begins, side="right") - 1
+        found = np.empty_like(begins)
+        for number, stream in enumerate(self._streams):
+            mine, base = stream_of == number, self._bases[number]
+            found[mine] = stream.loss_starts(begins[mine] - base) + base
+        return found

@@ -25,8 +25,13 @@ from pmc_llama.checksummed_files import FileTable as FileTable
 from pmc_llama.progress import ByteProgress
 from pmc_llama.snapshot import local_bytes
 
+FORMAT = 1
+"""Of what is written; a change that older versions would misread raises it."""
+
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
+TOKENIZERS = (TOKENIZER, "tokenizer.json")
+"""The names that a checkpoint's tokenizer may have: a SentencePiece model, or a Hugging Face tokenizer."""
 
 _NAME = re.compile(r"step-(\d{8,})")
 _ASIDE = ".writing"
@@ -35,6 +40,10 @@ _REMOVING = ".removing-"
 _DAMAGED = "damaged-"
 
 Result = TypeVar("Result")
+
+
+class NewerFormat(UserError):
+    """A checkpoint that only a later version of this package can read; it is not damaged."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,7 @@ class Manifest:
         corpus: fingerprint of the corpus, or of a blend's first.
         versions: of the packages that wrote it.
         files: `bytes` and `xxh3_128` of every other file of the directory.
+        format: of the checkpoint, see `FORMAT`.
     """
 
     step: int
@@ -66,6 +76,7 @@ class Manifest:
     corpus: str
     versions: dict[str, str]
     files: FileTable
+    format: int = FORMAT
 
 
 # --- writing ---------------------------------------------------------------------------------------------
@@ -84,7 +95,7 @@ def save(
         state: of a backend (`Backend.state`), or a copy of it (`Snapshot.take`).
         root: the run's `checkpoints` directory, on a filesystem that all ranks share.
         describe: makes the manifest from the table of files.
-        tokenizer: the SentencePiece model, kept with the weights so that an export needs nothing else.
+        tokenizer: kept with the weights under the name of its kind, so that an export needs nothing else.
         group: a gloo group over all ranks.
 
     Returns:
@@ -114,7 +125,8 @@ def _prepare(aside: Path, tokenizer: Path, files: ChecksummedFiles) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     sync(aside.parent.parent)  # which may just have got the directory of checkpoints
-    with files.create_stream(aside / TOKENIZER, "wb") as copy:
+    name = TOKENIZERS[tokenizer.suffix == ".json"]
+    with files.create_stream(aside / name, "wb") as copy:
         copy.write(tokenizer.read_bytes())
 
 
@@ -217,7 +229,7 @@ def newest_sound(root: Path, group: dist.ProcessGroup, say: Callable[[str], None
     from here on is the newest. Collective over `group`; the ranks share the reading.
 
     Raises:
-        UserError: there are checkpoints and all of them are damaged.
+        UserError: there are checkpoints and all of them are damaged, or the newest needs a later version.
     """
     damaged: list[Path] = []
     for path in reversed(on_first_rank(group, lambda: list_checkpoints(root))):
@@ -243,11 +255,14 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
+        NewerFormat: it was written by a version that writes another format.
         UserError: the directory is not a checkpoint, or its manifest is damaged.
     """
     path = directory / MANIFEST
     try:
-        manifest = Manifest(**json.loads(path.read_text()))
+        values = json.loads(path.read_text())
+        _check_format(directory, values.get("format", FORMAT), values.get("versions", {}))
+        manifest = Manifest(**values)
         _check_table(manifest.files)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
@@ -258,14 +273,22 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
+def _check_format(directory: Path, found: int, versions: dict[str, str]) -> None:
+    if found > FORMAT:
+        writer = versions.get("pmc-llama", "of an unknown version")
+        raise NewerFormat(
+            f"{directory} has format {found}, written by pmc-llama {writer}; this version reads format "
+            f"{FORMAT}; install that version or a later one."
+        )
+
+
 def _check_table(files: FileTable) -> None:
     """Every entry is whole, and the files without which nothing can be read are listed."""
     for name, entry in files.items():
         if not isinstance(entry["bytes"], int) or not isinstance(entry["xxh3_128"], str):
             raise ValueError(f"the entry of {name} is not a size and a checksum")
-    missing = {".metadata", TOKENIZER} - files.keys()
-    if missing:
-        raise ValueError(f"{', '.join(sorted(missing))} not listed")
+    if ".metadata" not in files or not files.keys() & {*TOKENIZERS}:
+        raise ValueError(".metadata or the tokenizer is not listed")
 
 
 def verify(directory: Path) -> Manifest:
@@ -283,13 +306,19 @@ def verify(directory: Path) -> Manifest:
 
 
 def verify_together(directory: Path, group: dist.ProcessGroup) -> str | None:
-    """What is wrong with a checkpoint, or None; each rank of `group` reads its share of the files."""
+    """What is wrong with a checkpoint, or None; each rank of `group` reads its share of the files.
+
+    Raises:
+        NewerFormat: on every rank; there is nothing wrong with it.
+    """
     damage: str | None = None
     try:
         manifest = read_manifest(directory)
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         for name in sorted(manifest.files)[rank::world_size]:
             _verify_file(directory, name, manifest.files[name])
+    except NewerFormat:
+        raise  # each rank reads the manifest, so each finds this
     except UserError as error:
         damage = str(error)
     found: list[str | None] = [None] * dist.get_world_size(group)
@@ -312,6 +341,11 @@ def read_weights(state: dict[str, Tensor], reader: StorageReader, group: dist.Pr
         dcp.load(state, storage_reader=reader, process_group=group)
     except CheckpointException as error:
         raise UserError(f"the weights could not be loaded: {_cause(error)}") from error
+
+
+def find_tokenizer(directory: Path) -> Path:
+    """The tokenizer of a checkpoint that is whole."""
+    return next(directory / name for name in TOKENIZERS if (directory / name).exists())
 
 
 # --- the small parts -------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
-"""The command line: `pmc-llama train | compare | export | checkpoint`.
+"""The command line: `pmc-llama plan | preflight | train | compare | export | evaluate | checkpoint`.
 
 Each command is one function that reads its arguments and calls the module that does the work. torch is
 imported only then, so that help and mistakes in a recipe are told at once.
 """
 
 import argparse
+import atexit
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, get_args
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"unknown command {command}; expected one of {', '.join(COMMANDS)}")
         return COMMANDS[command](rest) or 0
     except UserError as error:
-        if command != "train" or _first_to_fail():
+        if command not in WITH_RANKS or _first_to_fail(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
@@ -49,10 +51,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except SystemExit:
         raise  # of --help
-    except BaseException:  # torch's CheckpointException is no Exception
-        if command == "train" and not _first_to_fail():
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        if command in WITH_RANKS and not _first_to_fail(error):
             return 1  # of a peer that is gone, which says why
         raise
+
+
+def program() -> NoReturn:
+    """The process: `main`, then an end that cannot change its exit status.
+
+    A process that fails leaves its process groups open, since closing them needs its peers, and may leave
+    threads that hang; while Python shuts down the ones would abort it now and then, the others keep it.
+    """
+    status = 1
+    try:
+        status = main()
+    except SystemExit:
+        raise
+    except BaseException:
+        traceback.print_exc()
+    if "torch.distributed" not in sys.modules:
+        sys.exit(status)
+    atexit._run_exitfuncs()  # a checkpoint under way is given its minute
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -68,7 +91,12 @@ def train(arguments: Sequence[str]) -> int:
         help="go on from the newest sound checkpoint of the output, or from this one",
     )
     parser.add_argument("--print_config", action="store_true", help="print the recipe as resolved, and end")
+    parser.add_argument(
+        "--profile", action="store_true", help="profile three steady steps: --logging.profile_steps 3"
+    )
     recipe, options = parser.read(arguments)
+    if options["profile"]:
+        recipe.logging.profile_steps = recipe.logging.profile_steps or 3
     if options["print_config"]:
         print(yaml.safe_dump(plain(recipe), sort_keys=False), end="")
         return 0
@@ -81,11 +109,20 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def compare(arguments: Sequence[str]) -> None:
-    """Train a recipe under each backend from the same first weights, and report on both."""
+    """Train a recipe in several variants from the same first weights, and report on all of them."""
     from pmc_llama.recipe_file import RecipeParser, recipe_path
+    from pmc_llama.variants import cross, read_varied
 
     parser = RecipeParser("pmc-llama compare", recipe_path(arguments), _summary(compare))
     parser.add_argument("--backends", default="deepspeed,fsdp", help="names, with commas between them")
+    parser.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE,VALUE",
+        help="a key of the recipe, or `ranks`, with the values to try; again for more keys: all combinations",
+    )
+    parser.add_argument("--repeat", type=int, default=1, help="times that each variant is trained")
     parser.add_argument(
         "--ranks",
         type=int,
@@ -93,21 +130,23 @@ def compare(arguments: Sequence[str]) -> None:
     )
     recipe, options = parser.read(arguments)
     backends = options["backends"].split(",")
-    if len(backends) < 2 or len({*backends}) < len(backends) or not {*backends} <= {*get_args(BackendName)}:
+    if len(backends) > len({*backends}) or not {*backends} <= {*get_args(BackendName)}:
         known = ", ".join(get_args(BackendName))
-        raise UserError(
-            f"--backends is {options['backends']}, expected two or more different ones of {known}"
-        )
-    if options["ranks"] is not None and options["ranks"] < 1:
-        raise UserError(f"--ranks is {options['ranks']}, expected 1 or more")
+        raise UserError(f"--backends is {options['backends']}, expected different ones of {known}")
+    for name in ("ranks", "repeat"):
+        if options[name] is not None and options[name] < 1:
+            raise UserError(f"--{name} is {options[name]}, expected 1 or more")
 
     import torch
 
     from pmc_llama import compare as comparison
 
     ranks = options["ranks"] or torch.cuda.device_count() or 2
-    report = comparison.compare(recipe, backends, ranks)
-    print(f"{report} and losses.png beside it say how they compare")
+    variants = cross(backends, read_varied(options["vary"]), ranks)
+    # Read now, so that a mistake in the last variant is told before the first is trained.
+    changed = [(variant, parser.read([*arguments, *variant.options])[0]) for variant in variants]
+    report = comparison.compare(recipe, changed, options["repeat"])
+    print(f"{report} and comparison.png beside it say how they compare")
 
 
 def export(arguments: Sequence[str]) -> None:
@@ -132,30 +171,32 @@ def export(arguments: Sequence[str]) -> None:
 
 
 def checkpoint(arguments: Sequence[str]) -> None:
-    """List the checkpoints of a run, or check every file of them against its checksum."""
+    """List, verify or inspect checkpoints: progress and size, every checksum, all that is known of them."""
     parser = _Parser("pmc-llama checkpoint", description=_summary(checkpoint))
-    parser.add_argument("action", choices=("list", "verify"), help="what to do")
+    parser.add_argument("action", choices=("list", "verify", "inspect"), help="what to do")
     parser.add_argument(
         "directory", type=Path, metavar="DIR", help="output directory of a run, or one checkpoint"
     )
     options = parser.parse_args(arguments)
 
-    from pmc_llama.checkpoint import read_manifest, verify
+    from pmc_llama import checkpoint_report
+    from pmc_llama.checkpoint import NewerFormat, read_manifest, verify
 
+    describe: dict[str, Callable[[Path], str]] = {
+        "list": lambda path: checkpoint_report.line(path, read_manifest(path)),
+        "verify": lambda path: f"{checkpoint_report.line(path, verify(path))}, every file is sound",
+        "inspect": lambda path: checkpoint_report.describe(path, read_manifest(path)),
+    }
     damaged = 0
     paths = _checkpoints(options.directory)
     for path in paths:
         try:
-            manifest = verify(path) if options.action == "verify" else read_manifest(path)
+            print(describe[options.action](path), flush=True)
+        except NewerFormat:
+            raise
         except UserError as error:
             damaged += 1
             print(f"{path}  {error}", flush=True)
-            continue
-        size = sum(file["bytes"] for file in manifest.files.values()) / 1e9
-        verdict = ", every file is sound" if options.action == "verify" else ""
-        print(
-            f"{path}  step {manifest.step:,}, {manifest.tokens:,} tokens, {size:.2f} GB{verdict}", flush=True
-        )
     if damaged:
         raise UserError(
             f"{damaged} of {len(paths)} checkpoints of {options.directory} are damaged; "
@@ -163,12 +204,38 @@ def checkpoint(arguments: Sequence[str]) -> None:
         )
 
 
+def plan(arguments: Sequence[str]) -> int:
+    """Tell the memory, time and GPU-hours of a recipe on any cluster, without a GPU."""
+    from pmc_llama.plan.command import plan
+
+    return plan(arguments)
+
+
+def preflight(arguments: Sequence[str]) -> int:
+    """Check every node before training: GPUs, versions, corpus, checkpoints, disk, memory, network."""
+    from pmc_llama.preflight import preflight
+
+    return preflight(arguments)
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """Judge a model: its perplexity per token and per byte on the papers that a corpus holds out."""
+    from pmc_llama.evaluate.command import evaluate
+
+    return evaluate(arguments)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
+    "plan": plan,
+    "preflight": preflight,
     "train": train,
     "compare": compare,
     "export": export,
+    "evaluate": evaluate,
     "checkpoint": checkpoint,
 }
+WITH_RANKS = ("preflight", "train", "evaluate")
+"""Commands that a launcher starts as several ranks, of which one shall speak."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -196,11 +263,11 @@ def _newest(directory: Path) -> Path:
     return _checkpoints(directory)[-1]
 
 
-def _first_to_fail() -> bool:
+def _first_to_fail(error: BaseException) -> bool:
     """Whether this rank is the one to say what is wrong; the others fail of it, or of the same."""
     from pmc_llama.distributed import first_to_fail
 
-    return first_to_fail()
+    return first_to_fail(error)
 
 
 def _help() -> str:
@@ -213,4 +280,4 @@ def _summary(command: Callable[[Sequence[str]], int | None]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -55,9 +55,12 @@ class DataConfig:
         corpora: a blend of several corpora in place of `corpus`: a list of `path`, `weight` (a whole number)
             and, where one has grown, `grown` and `grown_from`; the first one's held-out papers are evaluated.
         mode: `window`: each epoch takes one random window from every paper (PMC-LLaMA's regime);
-            `packed`: each epoch makes every token of the corpus a target exactly once.
-        sequence_length: inputs, and as many targets, of one sequence.
-        isolate_documents: in `packed` mode a token attends only within its own paper.
+            `packed`: each epoch makes every token of the corpus a target exactly once; `whole`: each epoch
+            takes every document once, uncut and seen alone, with loss on what follows its prompt: for
+            fine-tuning on a corpus that `pmc-data prompts` made.
+        sequence_length: inputs, and as many targets, of one sequence; in `whole` mode of a row into which
+            documents are packed, none of which may be longer.
+        isolate_documents: in `packed` mode a token attends only within its own paper, as always in `whole`.
         grown: what to train on when the corpus is not the checkpoint's because papers were added: `all` of
             its papers, or the `new` ones; null refuses another corpus.
         grown_from: with `grown: new`, the corpus that the checkpoint was trained on.
@@ -65,7 +68,7 @@ class DataConfig:
 
     corpus: str = "corpus"
     corpora: list[CorpusConfig] = field(default_factory=list)
-    mode: Literal["window", "packed"] = "window"
+    mode: Literal["window", "packed", "whole"] = "window"
     sequence_length: int = 512
     isolate_documents: bool = False
     grown: Literal["all", "new"] | None = None
@@ -77,8 +80,9 @@ class BatchConfig:
     """How many sequences a step takes. Their quotient over the ranks is the gradient accumulation.
 
     Args:
-        global_size: sequences in one optimizer step, over all ranks.
-        micro_size: sequences that one rank takes through forward and backward at once.
+        global_size: sequences in one optimizer step, over all ranks; in `whole` mode documents, of which
+            several make a row, so that the accumulation is what their lengths need.
+        micro_size: sequences, or rows, that one rank takes through forward and backward at once.
     """
 
     global_size: int = 128
@@ -90,7 +94,8 @@ class ScheduleConfig:
     """How long, and with which learning rate: linear warm-up, then cosine decay.
 
     Args:
-        epochs: passes over the corpus (over its papers in `window` mode, its tokens in `packed` mode).
+        epochs: passes over the corpus (over its documents in `window` and `whole` mode, its tokens in
+            `packed` mode).
         steps: optimizer steps; when given, it decides instead of `epochs`.
         warmup_ratio: part of all steps during which the learning rate rises linearly from 0.
         final_learning_rate_ratio: what the cosine falls to by the end, as a part of the peak.
@@ -138,14 +143,36 @@ class PrecisionConfig:
 
 @dataclass
 class ShardingConfig:
-    """Memory against speed, in words that both backends map.
+    """Memory against speed. None of it changes a loss beyond the order of sums between ranks.
 
     Args:
-        activation_checkpointing: `none` keeps activations; `full` keeps each decoder layer's input and
-            computes the layer again in backward.
+        activation_checkpointing: `none` keeps all activations; `selective` keeps the results of matrix
+            products and attention and computes the rest of a decoder layer again in backward (fsdp only);
+            `full` keeps a decoder layer's input and computes all of it again, a third more arithmetic.
+        checkpointed_layers: how many decoder layers, the first ones, whose activations live longest, are
+            computed again; null, all of them.
+        shard_group: hybrid sharding: parameters are gathered within groups of this many consecutive ranks, as
+            of one node, each group holding all of them. fsdp shards all state in a group and repeats it in
+            each; deepspeed (hpZ) repeats only the parameters in `precision.compute`, and shards masters,
+            moments and gradients over all ranks. null: no groups.
+        offload: what lives in host memory: `optimizer` (deepspeed only) the fp32 masters, moments and summed
+            gradients, with the update computed there; `all` the parameters as well, so that a GPU holds
+            activations and the layers in use. Set OMP_NUM_THREADS to the cores of a rank for the update.
+        prefetch_layers: decoder layers gathered ahead of the one that computes. 1 hides the gathering when a
+            layer computes for longer than it takes to gather; each further one costs its whole parameters.
+        reduce_bucket_mb: megabytes of gradients, in `precision.reduce`, that are summed over the ranks at
+            once (deepspeed only; a buffer of this size is held); null is one decoder layer, as fsdp has it.
+        reshard_after_forward: free a decoder layer's gathered parameters between forward and backward, and
+            gather them again; false keeps all of the model gathered, for a third less communication.
     """
 
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    checkpointed_layers: int | None = None
+    shard_group: int | None = None
+    offload: Literal["none", "optimizer", "all"] = "none"
+    prefetch_layers: int = 1
+    reduce_bucket_mb: int | None = None
+    reshard_after_forward: bool = True
 
 
 @dataclass
@@ -194,10 +221,12 @@ class HangConfig:
     Args:
         start_seconds: until the first step is made: loading, compiling, the slowest node's start.
         step_seconds: from then on, in any one thing that a step waits for.
+        save_seconds: for a checkpoint that is being written, on the slowest disk.
     """
 
     start_seconds: float = 1800.0
     step_seconds: float = 600.0
+    save_seconds: float = 7200.0
 
 
 @dataclass
@@ -206,7 +235,8 @@ class EvaluationConfig:
 
     Args:
         every_steps: steps between evaluations; the first and the last step always have one.
-        max_sequences: held-out sequences used, from the front; all of them when there are fewer.
+        max_sequences: held-out sequences used, in `whole` mode documents, from the front; all of them when
+            there are fewer.
     """
 
     every_steps: int = 500
@@ -219,10 +249,12 @@ class LoggingConfig:
 
     Args:
         every_steps: steps between console lines. `metrics.jsonl` and TensorBoard have every step.
+        profile_steps: steady steps to profile, from the sixth step of the process on, into `OUTPUT/profile`.
         wandb_project: a Weights & Biases project that gets the same (needs `pmc-llama[wandb]`); null, none.
     """
 
     every_steps: int = 1
+    profile_steps: int = 0
     wandb_project: str | None = None
 
 

@@ -3,7 +3,7 @@
 A target is new when no earlier sample had it. What earlier samples had is computed from where they lie,
 sample by sample: the windows of the same documents in earlier epochs, and the windows of a packed pass that
 were visited before, found by the inverse of its permutation. So a batch costs in proportion to its size and
-to the epochs made.
+to the epochs made. A document taken whole is covered as a whole, its prompt and first token included.
 """
 
 from collections.abc import Sequence
@@ -28,6 +28,7 @@ class Coverage:
         order: the samples from now on, numbered from 0.
         packed: the packed pass as it stands before sample 0.
         windows: the stretches in `window` mode, those of `order` included, the last without an end.
+        wholes: documents taken in `whole` mode before sample 0.
     """
 
     stream: TokenStream
@@ -36,6 +37,7 @@ class Coverage:
     order: StreamOrder
     packed: PackedOrder
     windows: Sequence[Stretch]
+    wholes: int
 
     @classmethod
     def of(
@@ -46,21 +48,27 @@ class Coverage:
         windows = [stretch for stretch in [*taken, now] if stretch.mode == "window"]
         order = sample_order(stream, mode, sequence_length, seed, taken)
         packed = after_stretches(PackedOrder(stream, sequence_length, seed), "packed", taken)
-        return cls(stream, seed, mode, order, packed, windows)
+        wholes = sum(stretch.samples for stretch in taken if stretch.mode == "whole")
+        return cls(stream, seed, mode, order, packed, windows, wholes)
 
     def new_targets(self, samples: IntArray) -> IntArray:
         """Targets of each sample, int64 [n], that no earlier sample of the run had: int64 [n]."""
-        row, _, begin, end = self.order.spans(samples)
-        before = self.windows_before(begin, end, self._window_bounds(samples)[row])
-        if self.mode == "window":
+        row, first, begin, end = self.order.spans(samples)
+        if self.mode == "whole":
+            begin = first
+        before = [
+            self.windows_before(begin, end, self._window_bounds(samples)[row]),
+            self.wholes_before(begin, end, self._whole_bounds(samples)[row]),
+        ]
+        if self.mode == "packed":
+            fresh = self.order.epoch_of(samples) == 0
+        else:
             all_seen = self.packed.epoch_of(np.zeros(1, np.int64))[0] > 0
             fresh = np.full(len(samples), not all_seen)
             some = np.flatnonzero((end > begin) & self.packed.begun)
-            passed = self.packed.taken(Ranges(some, begin[some], end[some]))
-            before = Ranges(*(np.concatenate(pair) for pair in zip(before, passed, strict=True)))
-        else:
-            fresh = self.order.epoch_of(samples) == 0
-        new = end - begin - covered(begin, end, before)
+            before.append(self.packed.taken(Ranges(some, begin[some], end[some])))
+        by = Ranges(*(np.concatenate(arrays) for arrays in zip(*before, strict=True)))
+        new = end - begin - covered(begin, end, by)
         counts: IntArray = np.bincount(row, new, len(samples)).astype(np.int64)
         counts[~fresh] = 0
         return counts
@@ -81,6 +89,21 @@ class Coverage:
             self.stream, self._window_length(number), self.seed, document, epoch
         )
         return Ranges(owner, target_begin, target_end)
+
+    def wholes_before(self, begin: IntArray, end: IntArray, bound: IntArray) -> Ranges:
+        """The documents, among ranges of the stream, that were taken whole by the first `bound` visits."""
+        ranges = np.flatnonzero(bound > 0)
+        piece = cut_at_documents(begin[ranges], end[ranges], self.stream.starts)
+        owner = ranges[piece.owner]
+        visit = inverse(piece.cell, self.stream.documents, self.seed, np.zeros_like(piece.cell))
+        taken = visit < bound[owner]
+        document = piece.cell[taken]
+        starts = self.stream.starts
+        return Ranges(owner[taken], np.asarray(starts[document]), np.asarray(starts[document + 1]))
+
+    def _whole_bounds(self, samples: IntArray) -> IntArray:
+        """For each sample, how many documents the run had taken whole before it: int64 [n]."""
+        return self.wholes + (samples if self.mode == "whole" else np.zeros_like(samples))
 
     def _window_bounds(self, samples: IntArray) -> IntArray:
         """For each sample, how many windows the run had taken before it: int64 [n]."""

@@ -4,7 +4,7 @@ corpora ──open_sources──▶ Sources ──with a checkpoint's history─
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,8 @@ from pmc_llama.coverage import Coverage
 from pmc_llama.sample_order import IsolatedOrder, SampleOrder
 from pmc_llama.sample_order import sample_order as sample_order
 from pmc_llama.segments import Segment, Stream, from_plain, stretches, to_plain
-from pmc_llama.spans import TokenReader
+from pmc_llama.spans import DocumentReader
+from pmc_llama.whole import Deal, WholeBatches, require_short, whole_heldout_batches
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ class TrainingData:
         samples: int = 0,
     ) -> None:
         self.sources, self._data = sources, data
+        _require_fitting(sources, data)
         before = from_plain(history["segments"]) if history else []
         now = Segment(
             samples,
@@ -136,8 +138,11 @@ class TrainingData:
             for number, stream in enumerate(now.streams)
         )
 
-    def batches(self, batch: BatchConfig, rank: int, world_size: int) -> TrainingBatches:
+    def batches(self, batch: BatchConfig, rank: int, world_size: int) -> TrainingBatches | WholeBatches:
         """The batches of one data-parallel rank; their samples are numbered as the run's."""
+        if self._data.mode == "whole":
+            deal = Deal(self._data.sequence_length, batch.micro_size, rank, world_size)
+            return WholeBatches(self._stream, self.order, batch.global_size, deal, self.first_sample)
         return TrainingBatches(
             self._stream,
             self.order,
@@ -194,7 +199,7 @@ class TrainingData:
         taken = stretches(self._segments, segment.first_sample, number)[:-1]  # all but the present one
         return Coverage.of(source.split, segment.mode, segment.sequence_length, segment.seed, taken)
 
-    def _order(self) -> tuple[SampleOrder, TokenReader]:
+    def _order(self) -> tuple[SampleOrder, DocumentReader]:
         orders: list[SampleOrder] = [coverage.order for coverage in self._coverages]
         splits = [source.split for source in self.sources]
         if self._isolated:
@@ -203,6 +208,43 @@ class TrainingData:
             return orders[0], splits[0]
         sizes = [split.tokens for split in splits]
         return BlendedOrder(orders, sizes, self._blend), BlendedStream(splits, sizes)
+
+
+def heldout(
+    split: Split, data: DataConfig, micro_size: int, rank: int, world_size: int, max_sequences: int
+) -> Iterator[MicroBatch]:
+    """The micro-batches of one rank over the held-out split, equally many on every rank.
+
+    Args:
+        split: to evaluate.
+        data: the regime of the recipe.
+        micro_size: sequences of a micro-batch; rows in `whole` mode.
+        rank: this rank.
+        world_size: data-parallel ranks.
+        max_sequences: sequences, or documents in `whole` mode, taken from the front at most.
+    """
+    length = data.sequence_length
+    if data.mode == "whole":
+        return whole_heldout_batches(split, Deal(length, micro_size, rank, world_size), max_sequences)
+    return heldout_batches(split, length, micro_size, rank, world_size, max_sequences, data.isolate_documents)
+
+
+def _require_fitting(sources: Sequence[Source], data: DataConfig) -> None:
+    """Refuse a corpus that the mode would cut, or whose prompts it would train on.
+
+    Raises:
+        UserError: naming the corpus.
+    """
+    splits = [source.split for source in sources]
+    for split in splits:
+        if data.mode != "whole" and split.has_prompts:
+            raise UserError(
+                f"{split.corpus.location} is of prompts with loss on their answers, which data.mode "
+                f"{data.mode} does not know; set data.mode to whole, or make it with --loss all."
+            )
+    if data.mode == "whole":
+        for split in [*splits, sources[0].corpus.split("heldout")]:
+            require_short(split, data.sequence_length, f"{split.corpus.location} ({split.name})")
 
 
 def _continue(before: Segment, now: Segment, sources: Sequence[Source]) -> list[str]:

@@ -36,7 +36,8 @@ def dry_run(backend: Backend, recipe: Recipe, vocab_size: int, device: torch.dev
         UserError: on a rank whose memory does not suffice.
     """
     batch = recipe.batch
-    accumulation = batch.global_size // (batch.micro_size * dist.get_world_size())
+    # In `whole` mode the most that there can be: a row for each document.
+    accumulation = -(-batch.global_size // (batch.micro_size * dist.get_world_size()))
     micro_batches = _micro_batches(recipe, min(accumulation, 2), vocab_size)
     targets = sum(micro_batch.labels.numel() for micro_batch in micro_batches) * dist.get_world_size()
     begin = time.perf_counter()
@@ -62,7 +63,7 @@ def _micro_batches(recipe: Recipe, count: int, vocab_size: int) -> list[MicroBat
     shape = (rows, data.sequence_length)
     draw = torch.Generator().manual_seed(recipe.seed)
     positions = None
-    if data.isolate_documents and data.mode == "packed":
+    if data.mode == "whole" or (data.isolate_documents and data.mode == "packed"):
         # Two documents a sequence: for one alone no mask would be made.
         positions = (torch.arange(data.sequence_length) % -(-data.sequence_length // 2)).expand(shape)
 

@@ -50,6 +50,10 @@ CHECKS: dict[str, Check] = {
     "optimizer.epsilon": _ABOVE_ZERO,
     "optimizer.weight_decay": _NOT_NEGATIVE,
     "optimizer.max_grad_norm": _ABOVE_ZERO,
+    "sharding.checkpointed_layers": _ONE_OR_MORE,
+    "sharding.shard_group": _ONE_OR_MORE,
+    "sharding.prefetch_layers": _ZERO_OR_MORE,
+    "sharding.reduce_bucket_mb": _ONE_OR_MORE,
     "checkpoint.every_steps": _ONE_OR_MORE,
     "checkpoint.keep_last": _ONE_OR_MORE,
     "checkpoint.keep_every": _ZERO_OR_MORE,
@@ -59,9 +63,11 @@ CHECKS: dict[str, Check] = {
     "guards.spike_window": _TWO_OR_MORE,
     "hangs.start_seconds": _ABOVE_ZERO,
     "hangs.step_seconds": _ABOVE_ZERO,
+    "hangs.save_seconds": _ABOVE_ZERO,
     "evaluation.every_steps": _ONE_OR_MORE,
     "evaluation.max_sequences": _ONE_OR_MORE,
     "logging.every_steps": _ONE_OR_MORE,
+    "logging.profile_steps": _ZERO_OR_MORE,
 }
 
 _KINDS = {

@@ -17,6 +17,10 @@ class StepRecord:
     learning_rate: float
     step_seconds: float
     data_seconds: float  # of those, waiting for the batch
+    forward_backward_seconds: (
+        float  # of those, up to the loss of all ranks; on a GPU with the rest of the last update
+    )
+    optimizer_seconds: float  # of those, clipping and the update, which a GPU may still be at
     seconds_since_start: float  # of the process
     tokens_per_second: float  # all ranks
     tokens_per_second_per_device: float
@@ -29,3 +33,33 @@ class StepRecord:
         default_factory=dict
     )  # by corpus: part of its tokens seen at least once
     checkpoint_seconds: float = 0.0  # for which saving a checkpoint stopped training after the step before
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """The clock (`time.perf_counter`) at the turns of a step."""
+
+    begin: float
+    have_data: float
+    have_gradients: float  # and the loss of all ranks
+    end: float
+
+    @property
+    def step_seconds(self) -> float:
+        """All of the step."""
+        return self.end - self.begin
+
+    @property
+    def data_seconds(self) -> float:
+        """Waiting for the batch."""
+        return self.have_data - self.begin
+
+    @property
+    def forward_backward_seconds(self) -> float:
+        """Up to the loss of all ranks."""
+        return self.have_gradients - self.have_data
+
+    @property
+    def optimizer_seconds(self) -> float:
+        """Clipping and the update."""
+        return self.end - self.have_gradients

@@ -16,7 +16,7 @@ from pmc_llama.packed import PackedOrder
 from pmc_llama.randomness import PLACE, IntArray, permute, random_bits
 from pmc_llama.spans import Spans, TokenStream, isolated
 
-Mode = Literal["window", "packed"]
+Mode = Literal["window", "packed", "whole"]
 
 
 class Stretch(NamedTuple):
@@ -118,6 +118,23 @@ class WindowOrder:
         return replace(self, sequence_length=sequence_length)
 
 
+@dataclass(frozen=True)
+class WholeOrder(WindowOrder):
+    """Each epoch visits every document once, in the order of the windows, and takes all of it.
+
+    All but its first token are targets. `sequence_length` is that of the rows into which documents are packed
+    (`whole.pack`); no document is cut by it.
+    """
+
+    def spans(self, samples: IntArray) -> Spans:
+        """The documents with these numbers; see `SampleOrder.spans`."""
+        epoch, index = np.divmod(samples + self.first, self.stream.documents)
+        document = permute(index, self.stream.documents, self.seed, epoch)
+        begin = np.asarray(self.stream.starts[document])
+        end = np.asarray(self.stream.starts[document + 1])
+        return Spans(np.arange(len(samples)), begin, begin + 1, end)
+
+
 def window_targets(
     stream: TokenStream, sequence_length: IntArray | int, seed: int, document: IntArray, epoch: IntArray
 ) -> tuple[IntArray, IntArray]:
@@ -165,7 +182,7 @@ def sample_order(
 
     Args:
         stream: the tokens.
-        mode: `window` or `packed`.
+        mode: `window`, `packed` or `whole`.
         sequence_length: targets of a sequence.
         seed: of the run.
         taken: what the run has already taken of the stream. Each mode goes on where it stopped.
@@ -180,8 +197,7 @@ def sample_order(
             "The corpus (data.corpus) has no document to train on; "
             "`pmc-data stats` says how many were set aside, and why."
         )
-    kind = WindowOrder if mode == "window" else PackedOrder
-    order: StreamOrder = kind(stream, sequence_length, seed)
+    order: StreamOrder = _KINDS[mode](stream, sequence_length, seed)
     return after_stretches(order, mode, taken).with_length(sequence_length)
 
 
@@ -190,3 +206,10 @@ def after_stretches(order: Order, mode: Mode, taken: Sequence[Stretch]) -> Order
     for stretch in (one for one in taken if one.mode == mode):
         order = order.with_length(stretch.sequence_length).after(stretch.samples)
     return order
+
+
+_KINDS: dict[Mode, type[WindowOrder | PackedOrder]] = {
+    "window": WindowOrder,
+    "packed": PackedOrder,
+    "whole": WholeOrder,
+}

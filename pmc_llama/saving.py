@@ -19,9 +19,6 @@ from pmc_llama.checkpoint import FileTable, Manifest
 from pmc_llama.config import CheckpointConfig
 from pmc_llama.snapshot import Snapshot
 
-# Longest wait for another rank's part of a checkpoint, far above what one takes on a slow disk. A rank that
-# is gone is noticed at once: its connections close.
-_PATIENCE = timedelta(hours=2)
 # How long a process that ends by an exception, or without `wait`, stays for the save under way.
 _PARTING = timedelta(seconds=60)
 
@@ -73,6 +70,8 @@ class CheckpointSaver:
         root: the run's `checkpoints` directory, on a filesystem that all ranks share.
         config: what to keep, whether to write behind training, how many saves may fail.
         tokenizer: the SentencePiece model, kept with each checkpoint.
+        patience: longest wait for another rank's part of a checkpoint, above what one takes on a slow disk. A
+            rank that is gone is noticed at once: its connections close.
 
     Attributes:
         failures: saves in a row that failed, as far as this rank has polled them. Ranks may see the end of a
@@ -80,10 +79,16 @@ class CheckpointSaver:
         group: that the ranks talk over while they write.
     """
 
-    def __init__(self, root: Path, config: CheckpointConfig, tokenizer: Path) -> None:
+    def __init__(
+        self,
+        root: Path,
+        config: CheckpointConfig,
+        tokenizer: Path,
+        patience: timedelta = timedelta(hours=2),
+    ) -> None:
         self.failures = 0
         self._root, self._config, self._tokenizer = root, config, tokenizer
-        self.group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self.group = dist.new_group(backend="gloo", timeout=patience)
         self._snapshot = Snapshot()
         self._thread: threading.Thread | None = None
         self._finished: SimpleQueue[SaveOutcome | BaseException] = SimpleQueue()

@@ -31,7 +31,7 @@ class Segment:
 
     Args:
         first_sample: of the run's samples, the first of the segment.
-        mode: `window` or `packed`.
+        mode: `window`, `packed` or `whole`.
         sequence_length: targets of a sequence.
         seed: of the order.
         streams: one, or those of a blend.

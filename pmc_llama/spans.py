@@ -16,6 +16,17 @@ class TokenReader(Protocol):
         ...
 
 
+class DocumentReader(TokenReader, Protocol):
+    """Where documents are read that may begin with a prompt."""
+
+    def loss_starts(self, begins: IntArray) -> IntArray:
+        """For the documents that begin at these places of the stream, int64 [n]: the first target with loss.
+
+        A place of the stream, behind the document's first token: the prompt's end, where there is a prompt.
+        """
+        ...
+
+
 class TokenStream(TokenReader, Protocol):
     """The counted documents of a corpus' split, one after another (`data_tools.corpus.Split`)."""
 
@@ -33,6 +44,10 @@ class TokenStream(TokenReader, Protocol):
     def starts(self) -> IntArray:
         """int64 [documents + 1]: where each document begins in the stream; closed by `tokens`."""
         ...
+
+
+class DocumentStream(TokenStream, DocumentReader, Protocol):
+    """A stream whose documents may begin with a prompt (`data_tools.corpus.Split`)."""
 
 
 class Spans(NamedTuple):

@@ -21,6 +21,8 @@ def scalars(record: StepRecord) -> dict[str, float]:
         "speed/mfu": record.mfu,
         "speed/step-seconds": record.step_seconds,
         "speed/data-seconds": record.data_seconds,
+        "speed/forward-backward-seconds": record.forward_backward_seconds,
+        "speed/optimizer-seconds": record.optimizer_seconds,
         "speed/checkpoint-seconds": record.checkpoint_seconds,
         "memory/peak-bytes": record.peak_memory_bytes,
         "progress/epoch": record.epoch,

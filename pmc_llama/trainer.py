@@ -16,19 +16,21 @@ from pmc_llama.backends import build_backend
 from pmc_llama.checkpoint import FileTable, Manifest
 from pmc_llama.compatibility import check_model
 from pmc_llama.config import Recipe, plain
-from pmc_llama.data import Source, TrainingData, heldout_batches, open_sources
+from pmc_llama.data import Source, TrainingData, heldout, open_sources
 from pmc_llama.distributed import Ranks, connect, disconnect, discover
 from pmc_llama.dry_run import dry_run
 from pmc_llama.flops import model_flops_per_token, model_flops_utilization
 from pmc_llama.guards import Guard, check_skip_steps
-from pmc_llama.huggingface_tokenizer import exact_tokenizer
+from pmc_llama.huggingface_tokenizer import check_tokenizer
 from pmc_llama.metrics import Metrics, peak_memory
+from pmc_llama.profiling import StepProfiler
 from pmc_llama.provenance import describe_start
 from pmc_llama.rank_log import rank_log
-from pmc_llama.records import StepRecord
+from pmc_llama.records import StepRecord, StepTimes
 from pmc_llama.run_lock import only_writer
 from pmc_llama.saving import CheckpointSaver, SaveOutcome
 from pmc_llama.schedule import learning_rate
+from pmc_llama.startup import StartUp
 from pmc_llama.stopping import REQUEUE, StopRequests
 from pmc_llama.watchdog import Watchdog, collective_timeout
 
@@ -50,18 +52,26 @@ def train(recipe: Recipe, resume: str | None, started: float) -> int:
         UserError: what the recipe names cannot be had, or does not fit what it is resumed from.
     """
     check_skip_steps(recipe.guards.skip_steps)
+    startup = StartUp(started)
+    startup.reached("imports")
     ranks = discover()
     device = connect(ranks, collective_timeout(recipe.hangs.start_seconds))
+    startup.reached("meeting the other ranks")
     sources = open_sources(recipe.data)
+    startup.reached("corpus")
     logs = recipe.output / "logs"
     with only_writer(recipe.output, ranks.rank), rank_log(logs, ranks.rank) as console:
         trainer = Trainer(recipe, sources, ranks, device, started, console)
         with trainer.stopping, trainer.watchdog:
-            trainer.start(resume)
-            finished = trainer.run()
+            trainer.start(resume, startup)
+            finished = trainer.run(startup)
             trainer.close()
         disconnect()
     return 0 if finished else REQUEUE
+
+
+UNPROFILED_STEPS = 5
+"""Steps of a process before those that `logging.profile_steps` profiles: they allocate and fill caches."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,7 @@ class Place:
         step: steps made.
         updates: of those, how many changed the weights.
         samples: sequences consumed.
-        tokens: inputs consumed, padding included.
+        tokens: inputs consumed, padding included; in `whole` mode those of the documents.
         covered: tokens of each corpus that were targets.
         guard: what the numerical guard remembers.
     """
@@ -109,10 +119,15 @@ class Trainer:
         self.group = dist.new_group(backend="gloo")
         self.sources, self.corpus = sources, sources[0].corpus
         self.tokenizer = self.corpus.tokenizer_path
-        exact_tokenizer(self.tokenizer)  # what could not be exported is not trained
+        check_tokenizer(self.tokenizer)  # what could not be exported is not trained
 
         self.checkpoints = recipe.output / "checkpoints"
-        self.saver = CheckpointSaver(self.checkpoints, recipe.checkpoint, self.tokenizer)
+        self.saver = CheckpointSaver(
+            self.checkpoints,
+            recipe.checkpoint,
+            self.tokenizer,
+            patience=collective_timeout(recipe.hangs.save_seconds),
+        )
         self.stopping = StopRequests(recipe.output / "stop", ranks.rank)
         self.watchdog = Watchdog(
             ranks, recipe.output / "logs", recipe.hangs, background=[self.saver.group], console=console
@@ -122,14 +137,16 @@ class Trainer:
 
     # --- the life of a run -----------------------------------------------------------------------------
 
-    def start(self, resume: str | None) -> None:
+    def start(self, resume: str | None, startup: StartUp) -> None:
         """Build the model, load its first weights or all of a checkpoint, and open the run's records."""
         recipe = self.recipe
         source = starting.find_checkpoint(self.checkpoints, resume, self.group, self._warn)
         self.config = starting.model_config(recipe, self.corpus.vocab_size, source)
         check_model(recipe, self.config, self.corpus)
         self.watchdog.enter("building the model")
+        startup.reached("finding the checkpoint")
         self.backend = build_backend(recipe, self.config, self.device)
+        startup.reached("model")
         self.watchdog.enter("loading the weights")
         if source:
             manifest = checkpoint.read_manifest(source)
@@ -138,6 +155,7 @@ class Trainer:
         else:
             self._begin()
             starting.load_first_weights(recipe, self.config, self.backend, self.group)
+        startup.reached("weights")
         self.guard = Guard(recipe.guards, self.place.guard)
         self.last_updated, self.saved_step = self.place, self.place.step
         self.batches = self.data.batches(recipe.batch, self.ranks.rank, self.ranks.world_size)
@@ -153,9 +171,14 @@ class Trainer:
             start=describe_start(self.ranks, self.device, self.versions, self.group),
             wandb_project=recipe.logging.wandb_project,
         )
+        first = self.place.step + UNPROFILED_STEPS + 1
+        self.profiler = StepProfiler(
+            recipe.output, range(first, first + recipe.logging.profile_steps), self.ranks.rank, self.device
+        )
         self._introduce(source)
+        startup.reached("records")
 
-    def run(self) -> bool:
+    def run(self, startup: StartUp) -> bool:
         """Train to the last step, or until asked to stop; publish checkpoints on the way and at the end.
 
         Returns:
@@ -169,11 +192,16 @@ class Trainer:
         if self.recipe.dry_run:
             self.watchdog.enter("dry run")
             self.metrics.say(dry_run(self.backend, self.recipe, self.config.vocab_size, self.device))
+            startup.reached("dry run")
+        first_step = self.place.step + 1
         while self.place.step < self.steps and not self.asked_to_stop:
             if self.guard.passes_over(self.place.step + 1):
                 self._pass_over()
                 continue
             record = self.train_step()
+            if record.step == first_step:
+                startup.reached("step")
+                self.metrics.say(str(startup))
             if self._due(self.recipe.evaluation.every_steps) or record.step == 1:
                 record = dataclasses.replace(record, heldout_loss=self.heldout_loss())
             self.metrics.record(record)
@@ -185,7 +213,7 @@ class Trainer:
                 self.save_checkpoint(self.place)
         if self.place.step > self.saved_step:
             self.save_checkpoint(self.place)
-        self.watchdog.enter("finishing the last checkpoint")
+        self.watchdog.enter("finishing the last checkpoint", saving=True)
         self._tell(self.saver.wait())
         if self.place.step < self.steps:
             self.metrics.say(f"stopped by {self.stopping.reason}; the same command with --resume goes on")
@@ -195,15 +223,18 @@ class Trainer:
     def train_step(self) -> StepRecord:
         """One step over one global batch: an update, or none where the guard objects."""
         recipe, begin, step = self.recipe, time.perf_counter(), self.place.step + 1
-        self.watchdog.enter("reading a batch")
+        tokens_before = self.place.tokens
+        self.profiler.step_begins(step)
+        self._enter("reading a batch")
         batch = self.batches.batch(self.place.samples)
         have_data = time.perf_counter()
-        self.watchdog.enter("forward and backward")
+        self._enter("forward and backward")
         targets = max(batch.targets, 1)
         summed = self.backend.forward_backward(batch.micro_batches, targets)
         loss = self._agree(summed, targets)
+        have_gradients = time.perf_counter()
         rate = learning_rate(step, self.steps, recipe.optimizer.learning_rate, recipe.schedule)
-        self.watchdog.enter("the optimizer's step")
+        self._enter("the optimizer's step")
         grad_norm = self.backend.clip(recipe.optimizer.max_grad_norm)
         objection = self.guard.objection(loss, grad_norm)
         if objection:
@@ -211,17 +242,22 @@ class Trainer:
         else:
             self.backend.step(rate)
         self._advance(updated=objection is None)
-        return self._describe(loss, grad_norm, rate, objection, begin, have_data)
+        times = StepTimes(begin, have_data, have_gradients, time.perf_counter())
+        self.profiler.step_ends(step)
+        return self._describe(loss, grad_norm, rate, objection, times, self.place.tokens - tokens_before)
 
     def heldout_loss(self) -> float | None:
         """Mean loss in nats a token on the held-out papers; None when the corpus keeps none."""
-        length, most = self.recipe.data.sequence_length, self.recipe.evaluation.max_sequences
-        ranks, micro_size = self.ranks, self.recipe.batch.micro_size
+        ranks, recipe = self.ranks, self.recipe
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.watchdog.enter("held-out loss")
-        isolate = self.recipe.data.isolate_documents
-        batches = heldout_batches(
-            self.corpus.split("heldout"), length, micro_size, ranks.rank, ranks.world_size, most, isolate
+        batches = heldout(
+            self.corpus.split("heldout"),
+            recipe.data,
+            recipe.batch.micro_size,
+            ranks.rank,
+            ranks.world_size,
+            recipe.evaluation.max_sequences,
         )
         for batch in batches:
             totals[0] += self.backend.evaluate(batch)
@@ -234,7 +270,7 @@ class Trainer:
     def save_checkpoint(self, place: Place) -> None:
         """Begin to publish a checkpoint of the weights as they are, at `place` of the run."""
         begin = time.perf_counter()
-        self.watchdog.enter("saving a checkpoint")
+        self.watchdog.enter("saving a checkpoint", saving=True)
         self.metrics.synchronize()
         self.saver.save(self.backend.state(), lambda files: self._manifest(place, files))
         self.saved_step = place.step
@@ -242,6 +278,7 @@ class Trainer:
 
     def close(self) -> None:
         """Close the records and release the model."""
+        self.profiler.close()
         self.metrics.close()
         self.backend.close()
 
@@ -281,6 +318,11 @@ class Trainer:
         self.asked_to_stop = asked > 0
         return float(loss) / targets
 
+    def _enter(self, phase: str) -> None:
+        """A step enters a phase: told to those who watch it."""
+        self.watchdog.enter(phase)
+        self.profiler.phase(phase)
+
     def _advance(self, updated: bool) -> None:
         """Note that a step is made; one without an update has taken its batch all the same."""
         place, size = self.place, self.recipe.batch.global_size
@@ -288,7 +330,7 @@ class Trainer:
             step=place.step + 1,
             updates=place.updates + updated,
             samples=place.samples + size,
-            tokens=place.tokens + size * self.recipe.data.sequence_length,
+            tokens=place.tokens + self.batches.tokens(place.samples),
             covered=self.data.covered_after(place.covered, place.samples, size),
             guard=self.guard.state(),
         )
@@ -304,6 +346,7 @@ class Trainer:
         good = self.last_updated
         if good.step > self.saved_step:
             self.save_checkpoint(good)
+        self.watchdog.enter("finishing the last checkpoint", saving=True)
         self._tell(self.saver.wait())
         raise self.guard.stop(good.step, self.place.step, reason)
 
@@ -338,7 +381,9 @@ class Trainer:
             say(f"corpus {source.corpus.location}: {split.documents:,} papers, {split.tokens:,} tokens")
         for note in self.data.notes:
             say(note)
-        say(f"{self.steps:,} steps of {recipe.batch.global_size} x {recipe.data.sequence_length} tokens")
+        whole, length = recipe.data.mode == "whole", recipe.data.sequence_length
+        taken = f"documents, in rows of up to {length}" if whole else f"x {length}"
+        say(f"{self.steps:,} steps of {recipe.batch.global_size} {taken} tokens")
         origin = resumed or recipe.model.initialize_from or f"random weights of seed {recipe.seed}"
         say(f"starting after step {self.place.step} from {origin}")
 
@@ -354,11 +399,10 @@ class Trainer:
         return sum(t.numel() for name, t in self.backend.state().items() if name.startswith("model."))
 
     def _describe(
-        self, loss: float, grad_norm: float, rate: float, skipped: str | None, begin: float, have_data: float
+        self, loss: float, grad_norm: float, rate: float, skipped: str | None, times: StepTimes, tokens: int
     ) -> StepRecord:
-        place, recipe = self.place, self.recipe
-        seconds, length = time.perf_counter() - begin, recipe.data.sequence_length
-        speed = recipe.batch.global_size * length / seconds
+        place, speed = self.place, tokens / times.step_seconds
+        length = round(tokens / self.recipe.batch.global_size)  # of whole documents the mean
         stall_seconds, self.stall_seconds = self.stall_seconds, 0.0
         return StepRecord(
             step=place.step,
@@ -372,8 +416,10 @@ class Trainer:
             grad_norm=grad_norm,
             skipped=skipped,
             learning_rate=rate,
-            step_seconds=seconds,
-            data_seconds=have_data - begin,
+            step_seconds=times.step_seconds,
+            data_seconds=times.data_seconds,
+            forward_backward_seconds=times.forward_backward_seconds,
+            optimizer_seconds=times.optimizer_seconds,
             checkpoint_seconds=stall_seconds,
             seconds_since_start=time.time() - self.started,
             tokens_per_second=speed,

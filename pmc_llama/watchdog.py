@@ -78,7 +78,7 @@ class Watchdog:
         self._logs, self._hangs, self._console = logs, hangs, console
         self._background = list(background)
         self._last_resort_seconds = last_resort_seconds
-        self._starting, self._deadline = True, hangs.start_seconds
+        self._starting, self._limit = True, "start_seconds"
         self._beat = min(_BEAT_SECONDS, hangs.start_seconds / 10, hangs.step_seconds / 10)
         self._phase = ("start", time.monotonic())  # one tuple, so that threads see both parts or neither
         self._step = 0
@@ -117,8 +117,18 @@ class Watchdog:
 
     # --- what the trainer says ----------------------------------------------------------------------------
 
-    def enter(self, phase: str) -> None:
-        """The trainer begins something that may wait; its deadline counts from now."""
+    def enter(self, phase: str, saving: bool = False) -> None:
+        """The trainer begins something that may wait; its deadline counts from now.
+
+        Args:
+            phase: what it is, for the report.
+            saving: it may wait for a checkpoint that is being written, so it is `hangs.save_seconds` that
+                bounds it.
+        """
+        if saving:
+            self._limit = "save_seconds"
+        else:
+            self._limit = "start_seconds" if self._starting else "step_seconds"
         self._phase = (phase, time.monotonic())
 
     def progress(self) -> None:
@@ -129,8 +139,8 @@ class Watchdog:
         """An optimizer step is made. After the first, waiting is bounded by `hangs.step_seconds`."""
         self._step = step
         if self._starting:
-            self._starting, self._deadline = False, self._hangs.step_seconds
-            bound_collectives(collective_timeout(self._deadline), self._groups().values())
+            self._starting, self._limit = False, "step_seconds"
+            bound_collectives(collective_timeout(self._hangs.step_seconds), self._groups().values())
 
     # --- the threads --------------------------------------------------------------------------------------
 
@@ -157,6 +167,12 @@ class Watchdog:
                     self._alarm.set()
                 self._store_answered = time.monotonic()
                 self._closing.wait(self._beat)
+
+    @property
+    def _deadline(self) -> float:
+        """Seconds that the phase may take."""
+        seconds: float = getattr(self._hangs, self._limit)
+        return seconds
 
     def _in_phase(self) -> float:
         return time.monotonic() - self._phase[1]
@@ -247,9 +263,8 @@ class Watchdog:
         return f"step {self._step + 1}, {self._phase[0]} for {self._in_phase():.0f} s"
 
     def _tell(self, explanation: str) -> None:
-        limit = "hangs.start_seconds" if self._starting else "hangs.step_seconds"
         text = (
-            f"error: the run hangs, {limit} = {self._deadline:g} has passed: {explanation}\n"
+            f"error: the run hangs, hangs.{self._limit} = {self._deadline:g} has passed: {explanation}\n"
             f"stacks of all threads are in {self._logs}/rank-*.log\n"
         )
         os.write(self._console, text.encode())

@@ -105,7 +105,9 @@ def build_optimizer(model: nn.Module, optimizer: OptimizerConfig) -> torch.optim
     )
 
 
-def clip_gradients(shards: Iterable[Tensor], max_norm: float, device: torch.device) -> float:
+def clip_gradients(
+    shards: Iterable[Tensor], max_norm: float, device: torch.device, counted: bool = True
+) -> float:
     """Scale gradient shards in place to a global norm of at most `max_norm`; return the norm before.
 
     Squares are summed in fp64, so the norm does not depend on how the gradient is cut into shards beyond
@@ -114,15 +116,17 @@ def clip_gradients(shards: Iterable[Tensor], max_norm: float, device: torch.devi
     nothing.
 
     Args:
-        shards: this rank's part of every gradient, without padding, each element on one rank only.
+        shards: this rank's part of every gradient, without padding, on whatever device.
         max_norm: above 0.
         device: of the reduction.
+        counted: whether this rank's shards are part of the norm. Of ranks that hold the same shards one is
+            counted; the others add zero to the one sum over all ranks, so that all get the same bits.
     """
     shards = [shard for shard in shards if shard.numel()]
-    norms = [torch.linalg.vector_norm(shard, dtype=torch.float64) for shard in shards]
-    total = (
-        torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
-    )
+    norms = [torch.linalg.vector_norm(shard, dtype=torch.float64) for shard in shards if counted]
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    if norms:
+        total += torch.stack(norms).square().sum().to(device)
     dist.all_reduce(total)
     norm = float(total.sqrt())
     factor = max_norm / (norm + 1e-6)

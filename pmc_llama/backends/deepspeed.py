@@ -2,9 +2,10 @@
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -13,13 +14,16 @@ if not torch.cuda.is_available():  # DeepSpeed reads it on import, and warns whe
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.utils import groups
 from torch import Tensor
 from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from pmc_llama.backends.base import build_optimizer, clip_gradients, model_arguments
 from pmc_llama.backends.flat_shard import FlatShard
-from pmc_llama.config import Recipe
+from pmc_llama.backends.recomputation import checkpoint_activations
+from pmc_llama.config import Recipe, ShardingConfig
 from pmc_llama.data import MicroBatch
 from pmc_llama.model import LlamaForPretraining, rebuild_rotary
 
@@ -27,21 +31,23 @@ from pmc_llama.model import LlamaForPretraining, rebuild_rotary
 def build(recipe: Recipe, config: LlamaConfig, device: torch.device) -> "DeepSpeedBackend":
     """Shard the model of `config` over all ranks; its weights mean nothing until they are loaded."""
     _quiet_start()
-    settings = engine_settings(recipe, device)
+    settings = engine_settings(recipe, config, device)
     # Each parameter is cut as soon as its module is made. transformers' own initialization then finds empty
     # tensors and does nothing, which is well: the weights come through `state`, like a checkpoint's.
     with deepspeed.zero.Init(config_dict_or_path=settings):
         model = LlamaForPretraining(config)
-    if recipe.sharding.activation_checkpointing == "full":
-        # Only the reentrant kind runs ZeRO-3's hooks again when it computes a layer again.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    checkpoint_activations(model, recipe.sharding, reentrant=True)
     optimizer = build_optimizer(model, recipe.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     rebuild_rotary(engine.module, config, device)
     return DeepSpeedBackend(engine, device)
 
 
-def engine_settings(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+def check_sharding(sharding: ShardingConfig) -> None:
+    """Refuse what ZeRO-3 cannot do; there is nothing of that in `sharding`."""
+
+
+def engine_settings(recipe: Recipe, config: LlamaConfig, device: torch.device) -> dict[str, Any]:
     """The DeepSpeed configuration of a recipe.
 
     Loss scaling by accumulation and gradient clipping are left to this module, so that they are the same
@@ -51,20 +57,62 @@ def engine_settings(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     micro_size, ranks = recipe.batch.micro_size, dist.get_world_size()
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_size,
-        "gradient_accumulation_steps": recipe.batch.global_size // (micro_size * ranks),
+        # It counts samples by this, nothing else: each step says itself which micro-batch is its last.
+        "gradient_accumulation_steps": -(-recipe.batch.global_size // (micro_size * ranks)),
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
+        # The update is torch's AdamW wherever it is made: DeepSpeed's own for the CPU rounds differently.
+        "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": recipe.precision.reduce,
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": 3,
             "contiguous_gradients": True,
             "overlap_comm": device.type == "cuda",
+            **_gathering(recipe.sharding, config),
+            "reduce_bucket_size": _reduce_bucket(recipe, config),
+            **_offloading(recipe.sharding, device),
         },
     }
     if recipe.precision.compute == "bf16":
         settings["bf16"] = {"enabled": True}
     return settings
+
+
+def _gathering(sharding: ShardingConfig, config: LlamaConfig) -> dict[str, int]:
+    """How long parameters stay gathered, and how far ahead; DeepSpeed counts in parameters."""
+    layer = _layer_parameters(config)
+    settings = {"stage3_prefetch_bucket_size": sharding.prefetch_layers * layer}
+    if sharding.reshard_after_forward:
+        # From a layer's recomputation to the end of its backward it is passed twice: gathered once for both.
+        settings["stage3_max_reuse_distance"] = 2 * layer
+        # What is gathered ahead must not be held up by what is in use: a layer, embedding and output.
+        outside = 2 * config.vocab_size * config.hidden_size
+        settings["stage3_max_live_parameters"] = (sharding.prefetch_layers + 2) * layer + outside
+    else:
+        settings["stage3_max_reuse_distance"] = settings["stage3_max_live_parameters"] = sys.maxsize
+    if sharding.shard_group is not None:
+        settings["zero_hpz_partition_size"] = sharding.shard_group
+    return settings
+
+
+def _reduce_bucket(recipe: Recipe, config: LlamaConfig) -> int:
+    """Gradients summed over the ranks at once, in elements."""
+    if recipe.sharding.reduce_bucket_mb is None:
+        return _layer_parameters(config)
+    return recipe.sharding.reduce_bucket_mb * 10**6 // {"fp32": 4, "bf16": 2}[recipe.precision.reduce]
+
+
+def _offloading(sharding: ShardingConfig, device: torch.device) -> dict[str, Any]:
+    """What lives in host memory, which is pinned for the copies of a GPU."""
+    host = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    parts = {"none": [], "optimizer": ["offload_optimizer"], "all": ["offload_optimizer", "offload_param"]}
+    return dict.fromkeys(parts[sharding.offload], host)
+
+
+def _layer_parameters(config: LlamaConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in LlamaDecoderLayer(config, 0).parameters())
 
 
 def _quiet_start() -> None:
@@ -86,7 +134,7 @@ class DeepSpeedBackend:
         # AdamW makes its moments at the first update; a checkpoint may be read before that.
         for flat in self.zero.fp32_partitioned_groups_flat:
             self.zero.optimizer.state[flat] = {
-                "step": torch.zeros((), dtype=torch.float32, device=device),
+                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
                 "exp_avg": torch.zeros_like(flat.data),
                 "exp_avg_sq": torch.zeros_like(flat.data),
             }
@@ -97,11 +145,14 @@ class DeepSpeedBackend:
         # ZeRO-3 averages over the ranks; this makes the average the sum over all targets.
         scale = dist.get_world_size() / targets
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        depth = len(FWD_MODULE_STACK)
         for number, batch in enumerate(micro_batches, start=1):
             self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
             loss = self.engine(*model_arguments(batch, self.device))
             self.engine.backward(loss * scale, scale_wrt_gas=False)
             total += loss.detach()
+            # Selective recomputation stops once it has all it needs, in the middle of modules' forward.
+            del FWD_MODULE_STACK[depth:]
         return total
 
     def clip(self, max_norm: float) -> float:
@@ -125,7 +176,12 @@ class DeepSpeedBackend:
         self.zero._overflow_clean_up(self.zero.loss_scale)
 
     def step_bytes(self) -> int:
-        """See `Backend.step_bytes`: the fp32 gradients of one group of parameters are laid end to end."""
+        """See `Backend.step_bytes`: the fp32 gradients of one group of parameters are laid end to end.
+
+        With an offloaded optimizer they lie so in host memory already.
+        """
+        if self.zero.offload_optimizer:
+            return 0
         return max(4 * int(flat.numel()) for flat in self.zero.fp32_partitioned_groups_flat)
 
     @torch.no_grad()
@@ -139,10 +195,11 @@ class DeepSpeedBackend:
         """See `Backend.state`."""
         state: dict[str, Tensor] = {"optim.step": self.steps}
         for name, parameter in self.engine.module.named_parameters():
-            state[f"model.{name}"] = _shard(parameter, safe_get_local_fp32_param(parameter))
+            flat, where = self._place(parameter)
+            moments = self.zero.optimizer.state[flat]
+            state[f"model.{name}"] = _shard(parameter, flat[where])
             for moment in ("exp_avg", "exp_avg_sq"):
-                local = safe_get_local_optimizer_state(parameter, moment)
-                state[f"optim.{moment}.{name}"] = _shard(parameter, local)
+                state[f"optim.{moment}.{name}"] = _shard(parameter, moments[moment][where])
         return state
 
     def state_loaded(self) -> None:
@@ -160,12 +217,28 @@ class DeepSpeedBackend:
         """See `Backend.close`."""
         self.engine.destroy()
         del self.engine, self.zero
+        hybrid = groups._get_zero_param_intra_parallel_group()
+        if hybrid is not None:  # a global of DeepSpeed's, which would refuse to make another
+            deepspeed.comm.destroy_process_group(hybrid)
 
     def _gradient_shards(self) -> Iterator[Tensor]:
         for number, group in enumerate(self.zero.fp16_groups):
-            for parameter, gradient in zip(group, self.zero.averaged_gradients[number], strict=True):
-                start, stop = _owned(parameter)
-                yield gradient.view(-1)[: stop - start]
+            for place, parameter in enumerate(group):
+                if self.zero.offload_optimizer:
+                    flat, where = self._place(parameter)
+                    yield cast(Tensor, flat.grad)[where]
+                else:
+                    start, stop = _owned(parameter)
+                    yield self.zero.averaged_gradients[number][place].view(-1)[: stop - start]
+
+    def _place(self, parameter: Any) -> tuple[Tensor, slice]:
+        """Where the fp32 masters of this rank's elements of a parameter are: a flat tensor and a part of it.
+
+        The tensors of DeepSpeed's own `safe_get_local_...` are copies when the optimizer is offloaded.
+        """
+        number, offset, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
+        start, stop = _owned(parameter)
+        return self.zero.fp32_partitioned_groups_flat[number], slice(offset, offset + stop - start)
 
 
 # A ZeRO-3 parameter is a torch parameter with attributes of DeepSpeed's, which no type describes: Any.
@@ -179,5 +252,5 @@ def _owned(parameter: Any) -> tuple[int, int]:
 
 
 def _shard(parameter: Any, local: Tensor) -> FlatShard:
-    start, stop = _owned(parameter)
-    return FlatShard(local.detach()[: stop - start], start, parameter.ds_shape)
+    start, _ = _owned(parameter)
+    return FlatShard(local.detach(), start, parameter.ds_shape)

@@ -5,13 +5,21 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig
 
+from data_tools.errors import UserError
 from pmc_llama.backends.base import build_optimizer, clip_gradients, model_arguments
-from pmc_llama.config import Recipe
+from pmc_llama.backends.recomputation import checkpoint_activations
+from pmc_llama.config import Recipe, ShardingConfig
 from pmc_llama.data import MicroBatch
 from pmc_llama.model import LlamaForPretraining, rebuild_rotary
 
@@ -20,23 +28,71 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def build(recipe: Recipe, config: LlamaConfig, device: torch.device) -> "FsdpBackend":
     """Shard the model of `config` over all ranks; its weights hold nothing until they are loaded."""
+    sharding = recipe.sharding
     # In order: construction on meta, activation checkpointing, sharding, and only then memory for the shards.
     with torch.device("meta"):
         model = LlamaForPretraining(config)
-    if recipe.sharding.activation_checkpointing == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(
-        param_dtype=_DTYPES[recipe.precision.compute], reduce_dtype=_DTYPES[recipe.precision.reduce]
-    )
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    model.to_empty(device=device)
+    checkpoint_activations(model, sharding, reentrant=False)
+    shard(model, recipe, build_mesh(sharding, device), device)
+    model.to_empty(device=torch.device("cpu") if sharding.offload == "all" else device)
     rebuild_rotary(model, config, device)
     if config.tie_word_embeddings:  # to_empty gave each of the two names a tensor of its own
         model.lm_head.weight = model.model.embed_tokens.weight
     return FsdpBackend(model, recipe, device)
+
+
+def check_sharding(sharding: ShardingConfig) -> None:
+    """Refuse what FSDP2 cannot do.
+
+    Raises:
+        UserError: names the key.
+    """
+    if sharding.offload == "optimizer":
+        raise UserError(
+            "sharding.offload is optimizer, expected none or all with backend fsdp, whose fp32 masters are "
+            "the parameters themselves; set it to all, or take backend deepspeed."
+        )
+    if sharding.reduce_bucket_mb is not None:
+        raise UserError(
+            f"sharding.reduce_bucket_mb is {sharding.reduce_bucket_mb}, expected null with backend fsdp, "
+            "which reduces one decoder layer at a time; remove it, or take backend deepspeed."
+        )
+
+
+def build_mesh(sharding: ShardingConfig, device: torch.device) -> DeviceMesh:
+    """The ranks in one dimension; in two for hybrid sharding, (groups, ranks of a group)."""
+    ranks = dist.get_world_size()
+    if sharding.shard_group is None:
+        return init_device_mesh(device.type, (ranks,))
+    shape = (ranks // sharding.shard_group, sharding.shard_group)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard(model: LlamaForPretraining, recipe: Recipe, mesh: DeviceMesh, device: torch.device) -> None:
+    """Apply `fully_shard` to every decoder layer of `model`, then to what is left."""
+    sharding = recipe.sharding
+    precision = MixedPrecisionPolicy(
+        param_dtype=_DTYPES[recipe.precision.compute], reduce_dtype=_DTYPES[recipe.precision.reduce]
+    )
+    offload = OffloadPolicy()
+    if sharding.offload == "all":
+        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    layers: list[FSDPModule] = [
+        fully_shard(
+            layer,
+            mesh=mesh,
+            mp_policy=precision,
+            offload_policy=offload,
+            reshard_after_forward=sharding.reshard_after_forward,
+        )
+        for layer in model.model.layers
+    ]
+    fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    ahead = sharding.prefetch_layers
+    if ahead > 1:  # one layer ahead is what FSDP2 does by itself
+        for place, layer in enumerate(layers):
+            layer.set_modules_to_forward_prefetch(layers[place + 1 : place + 1 + ahead])
+            layer.set_modules_to_backward_prefetch(layers[max(place - ahead, 0) : place][::-1])
 
 
 class FsdpBackend:
@@ -47,12 +103,14 @@ class FsdpBackend:
         self.device = device
         self.optimizer = build_optimizer(model, recipe.optimizer)
         self.steps = torch.zeros((), dtype=torch.int64)
+        # In hybrid sharding the groups hold the same shards, of which those of the first are counted.
+        self.in_first_group = dist.get_rank() < (recipe.sharding.shard_group or dist.get_world_size())
         # Between forward and backward the module has whole parameters by these names; these are the shards.
         self.parameters = dict(model.named_parameters())
         # AdamW makes its moments at the first update; a checkpoint may be read before that.
         for parameter in self.parameters.values():
             self.optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=device),
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter.data),
                 "exp_avg_sq": torch.zeros_like(parameter.data),
             }
@@ -72,7 +130,7 @@ class FsdpBackend:
     def clip(self, max_norm: float) -> float:
         """See `Backend.clip`."""
         gradients = [_local(parameter.grad) for parameter in self.parameters.values()]
-        return clip_gradients(gradients, max_norm, self.device)
+        return clip_gradients(gradients, max_norm, self.device, counted=self.in_first_group)
 
     def step(self, learning_rate: float) -> None:
         """See `Backend.step`."""
@@ -95,7 +153,9 @@ class FsdpBackend:
         """See `Backend.evaluate`."""
         self.model.eval()
         loss: Tensor = self.model(*model_arguments(batch, self.device))
-        self.model.reshard()  # without a backward the outermost part would stay whole, and go stale
+        for module in self.model.modules():  # without a backward some would stay whole, and go stale
+            if isinstance(module, FSDPModule):
+                module.reshard()
         return loss.double()
 
     def state(self) -> dict[str, Tensor]:

@@ -62,6 +62,22 @@ def test_what_was_saved_is_loaded_and_verified(tmp_path: Path) -> None:
     assert (path / "tokenizer.model").read_bytes() == b"pieces"
 
 
+def test_a_checkpoint_of_a_later_version_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    _save(root, 1)
+    manifest = _save(root, 2) / "manifest.json"
+    values = json.loads(manifest.read_text())
+    later = {**values, "format": checkpoint.FORMAT + 1, "versions": {"pmc-llama": "9.1"}, "more": 1}
+    manifest.write_text(json.dumps(later))
+    for refuse in (
+        lambda: checkpoint.verify(manifest.parent),
+        lambda: checkpoint.newest_sound(root, dist.group.WORLD, pytest.fail),
+    ):
+        with pytest.raises(checkpoint.NewerFormat, match=r"step-00000002 has format 2, .* pmc-llama 9\.1"):
+            refuse()
+    assert [path.name for path in checkpoint.list_checkpoints(root)] == ["step-00000001", "step-00000002"]
+
+
 def test_every_file_is_under_a_checksum_and_damage_is_named(tmp_path: Path) -> None:
     path = _save(tmp_path / "checkpoints", 1)
     for file in sorted(path.iterdir()):

@@ -144,8 +144,11 @@ WRONG_ARGUMENTS = {
         "1e400",
     ): "optimizer.learning_rate is inf, expected a finite number above 0",
     ("train", "nowhere.yaml"): "recipe nowhere.yaml cannot be read: No such file",
-    ("compare", "RECIPE", "--backends", "fsdp"): "two or more different ones of deepspeed, fsdp",
-    ("compare", "RECIPE", "--backends", "fsdp,ddp"): "two or more different ones of deepspeed, fsdp",
+    ("compare", "RECIPE", "--backends", "fsdp"): "name two --backends, or vary something",
+    ("compare", "RECIPE", "--backends", "fsdp,ddp"): "expected different ones of deepspeed, fsdp",
+    ("compare", "RECIPE", "--vary", "seed=1,one"): "option --seed is 'one', expected a whole number",
+    ("compare", "RECIPE", "--vary", "sedd=1,2"): "unknown option --sedd",
+    ("compare", "RECIPE", "--repeat", "0"): "--repeat is 0, expected 1 or more",
     ("compare", "RECIPE", "--ranks", "0"): "--ranks is 0, expected 1 or more",
     ("compare", "RECIPE", "--ranks", "two"): "two",
     ("export", "somewhere"): "DIR; see pmc-llama export --help",
@@ -153,7 +156,7 @@ WRONG_ARGUMENTS = {
     ("export", ".", "model", "--dtype", "int8"): "choose from 'bf16', 'fp16', 'fp32'",
     ("checkpoint", "verify", "."): "has no checkpoints",
     ("checkpoint", "mend", "."): "choose from 'list', 'verify'",
-    ("trian", "RECIPE"): "unknown command trian; expected one of train, compare, export, checkpoint",
+    ("trian", "RECIPE"): "unknown command trian; expected one of plan, preflight, train, compare",
 }
 
 
@@ -245,9 +248,9 @@ def test_only_the_first_failing_rank_speaks_of_a_checkpoint_that_torch_cannot_re
         raise CheckpointException("load", {})
 
     monkeypatch.setitem(cli.COMMANDS, "train", fail)
-    monkeypatch.setattr(cli, "_first_to_fail", lambda: False)
+    monkeypatch.setattr(cli, "_first_to_fail", lambda error: False)
     assert cli.main(["train"]) == 1
-    monkeypatch.setattr(cli, "_first_to_fail", lambda: True)
+    monkeypatch.setattr(cli, "_first_to_fail", lambda error: True)
     with pytest.raises(CheckpointException):
         cli.main(["train"])
 
@@ -271,9 +274,9 @@ def test_a_comparison_takes_every_gpu_unless_told_otherwise(
 ):
     asked = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr("pmc_llama.compare.compare", lambda *arguments: asked.append(arguments[2]))
+    monkeypatch.setattr("pmc_llama.compare.compare", lambda *arguments: asked.extend(arguments[1]))
     assert run(capsys, "compare", recipe(tmp_path, "seed: 1"), *given)[0] == 0
-    assert asked == [ranks]
+    assert [variant.ranks for variant, _ in asked] == [ranks, ranks]
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------
@@ -324,6 +327,20 @@ def test_a_run_is_listed_verified_and_exported_from_its_newest_checkpoint(capsys
     first = finished / "checkpoints/step-00000001"
     assert run(capsys, "export", first, finished / "first")[0] == 0
     assert load_file(finished / "first/model.safetensors")["model.norm.weight"].eq(1).all()
+
+
+def test_a_checkpoint_is_inspected_without_its_tensors(capsys, finished):
+    first = finished / "checkpoints/step-00000001"
+    for tensors in first.glob("*.distcp"):
+        tensors.unlink()
+    status, out, _ = run(capsys, "checkpoint", "inspect", first)
+    assert status == 0
+    said = {line.split("  ")[1]: line.split("  ")[-1].strip() for line in out.splitlines()[1:]}
+    assert said["step"] == "1"
+    assert said["samples"].endswith("65,536 tokens")
+    assert said["model"].startswith("7,192 parameters; num_hidden_layers 1, hidden_size 8")
+    assert said["backend"] == "deepspeed"
+    assert said["learning rate"] == "2e-05"
 
 
 def test_verify_names_the_damaged_checkpoint_and_goes_on_to_the_next(capsys, finished):

@@ -92,7 +92,7 @@ def uninterrupted(options: dict[str, str], tmp_path_factory: pytest.TempPathFact
         pytest.param("deepspeed", "deepspeed", marks=pytest.mark.slow),
         pytest.param("fsdp", "fsdp", marks=pytest.mark.slow),
         ("deepspeed", "fsdp"),
-        ("fsdp", "deepspeed"),
+        pytest.param("fsdp", "deepspeed", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_killed_and_resumed_has_the_numbers_of_one_that_never_was(
@@ -253,6 +253,50 @@ def test_the_batches_of_steps_to_skip_are_passed_over(
     assert [record["step"] for record in numbers(run)] == [1, 2, 5, 6]
     manifest = read_manifest(run / "checkpoints" / "step-00000006")
     assert (manifest.updates, manifest.samples) == (4, 6 * 8)
+
+
+@pytest.fixture(scope="module")
+def grown_corpus(tiny_tokenizer: Path, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The papers of the small corpus' record files, and ten more."""
+    directory = tmp_path_factory.mktemp("grown")
+    records = [simple_record(number, words=10 + 7 * number) for number in range(50)]
+    write_jsonl(directory / "papers.jsonl", records)
+    recipe = Recipe(decisions=Decisions(heldout=0.1))
+    build([directory / "papers.jsonl"], tiny_tokenizer, directory / "corpus", recipe, workers=1)
+    return directory / "corpus"
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_run_goes_on_with_the_new_papers_of_a_grown_corpus_when_told_to(
+    options: dict[str, str],
+    recipe: Path,
+    tiny_corpus: Path,
+    grown_corpus: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    before, after = {**options, "--schedule.steps": "2"}, {**options, "--schedule.steps": "4"}
+
+    def train(settings: dict[str, str], *more: str) -> int:
+        arguments = command_line(recipe, settings, "--backend", "fsdp", "--output", str(run), *more)
+        status = cli.main(["train", *arguments])
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return status
+
+    assert train(before) == 0
+    grown = {**after, "--data.corpus": str(grown_corpus)}
+    assert train(grown, "--resume") == 2
+    assert "data.grown all, or new" in capfd.readouterr().err
+    new = {**grown, "--data.grown": "new", "--data.grown_from": str(tiny_corpus)}
+    assert train(new, "--resume") == 0
+    first, then = read_manifest(run / "checkpoints" / "step-00000004").data["segments"]
+    assert (first["first_sample"], then["first_sample"]) == (0, 2 * 8)
+    assert then["streams"] == [
+        {"corpus": Corpus.open(grown_corpus).fingerprint, "without": Corpus.open(tiny_corpus).fingerprint}
+    ]
+    assert [record["step"] for record in numbers(run)] == [1, 2, 3, 4]
 
 
 @pytest.mark.usefixtures("alone")

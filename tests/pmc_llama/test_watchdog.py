@@ -121,10 +121,12 @@ def slow_but_well(rank: int, directory: Path) -> None:
     with Watchdog(ranks, directory / "logs", HangConfig(start_seconds=4, step_seconds=1.5)) as watchdog:
         time.sleep(2)  # within the time of the start
         watchdog.step_made(1)
-        watchdog.enter("checkpoint")
+        watchdog.enter("held-out loss")
         for _ in range(4):
             time.sleep(0.5)
             watchdog.progress()
+        watchdog.enter("saving a checkpoint", saving=True)
+        time.sleep(2)  # has a bound of its own
         for _ in range(3):
             watchdog.enter("forward and backward")
             time.sleep(0.6)
