@@ -1,5 +1,6 @@
 """Activation checkpointing: which decoder layers are computed again in backward, and what of them."""
 
+import warnings
 from collections import deque
 from typing import Any
 
@@ -38,7 +39,9 @@ def checkpoint_activations(model: LlamaForPretraining, sharding: ShardingConfig,
     settings: dict[str, Any] = {"use_reentrant": reentrant}
     if sharding.activation_checkpointing == "selective":
         settings = {"use_reentrant": False, "context_fn": _keep_and_recall}
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    with warnings.catch_warnings():  # its new name is not in all versions that we allow
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     layers = model.model.layers
     for layer in layers[
         len(layers) if sharding.checkpointed_layers is None else sharding.checkpointed_layers :

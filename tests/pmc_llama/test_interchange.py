@@ -101,7 +101,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize(
+    "world_size",
+    [2, *(pytest.param(number, marks=pytest.mark.slow) for number in WORLD_SIZES if number != 2)],
+)
 def test_checkpoints_of_either_backend_load_in_both_with_all_bits(written: Path, world_size: int) -> None:
     run_on_ranks(world_size, _read, written)
 

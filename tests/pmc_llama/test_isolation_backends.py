@@ -46,7 +46,7 @@ def _packed_and_alone(directory: Path, backend_name: BackendName, sharding: Shar
         (directory / "found.json").write_text(json.dumps(found))
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", pytest.param("full", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", ["deepspeed", "fsdp"])
 def test_packed_documents_are_trained_on_as_if_each_were_alone(
     tmp_path: Path, backend: BackendName, checkpointing: Literal["none", "full"]

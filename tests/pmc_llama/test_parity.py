@@ -53,7 +53,7 @@ def _histories(directory: Path) -> tuple[list[tuple[float, float]], list[tuple[f
     ("ranks", "accumulation", "tied", "checkpointing"),
     [
         (2, 1, False, "none"),
-        (2, 2, False, "none"),
+        pytest.param(2, 2, False, "none", marks=pytest.mark.slow),
         (2, 2, True, "full"),
         pytest.param(4, 1, False, "none", marks=pytest.mark.slow),
     ],
@@ -71,7 +71,7 @@ def test_both_backends_have_bitwise_equal_losses_from_one_seed_checkpoint(
 @pytest.mark.parametrize(
     ("ranks", "precision", "tolerance"),
     [
-        (2, PrecisionConfig("fp32", "fp32"), 1e-5),
+        pytest.param(2, PrecisionConfig("fp32", "fp32"), 1e-5, marks=pytest.mark.slow),
         pytest.param(3, PrecisionConfig("bf16", "bf16"), 1e-3, marks=pytest.mark.slow),
     ],
 )

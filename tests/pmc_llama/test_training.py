@@ -151,7 +151,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(
     assert names == ["damaged-step-00000024", "step-00000016", "step-00000024"]
 
 
-@pytest.mark.parametrize("backend", ["deepspeed", "fsdp"])
+@pytest.mark.parametrize("backend", ["deepspeed", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_the_7b_recipe_runs_with_the_demo_model(tiny_corpus: Path, tmp_path: Path, backend: str) -> None:
     run = tmp_path / "run"
     output = finish(
@@ -165,7 +165,7 @@ def test_the_7b_recipe_runs_with_the_demo_model(tiny_corpus: Path, tmp_path: Pat
     assert (run / "checkpoints" / "step-00000002" / "manifest.json").is_file()
 
 
-@pytest.mark.parametrize("backend", ["deepspeed", "fsdp"])
+@pytest.mark.parametrize("backend", ["deepspeed", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_hugging_face_weights_go_into_the_masters_and_out_again_unchanged(
     options: dict[str, str], recipe: Path, tmp_path: Path, backend: str
 ) -> None:
@@ -189,6 +189,7 @@ def test_hugging_face_weights_go_into_the_masters_and_out_again_unchanged(
     )
 
 
+@pytest.mark.slow
 def test_mpirun_starts_ranks_that_find_each_other(
     options: dict[str, str], recipe: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
