@@ -21,6 +21,10 @@ from pmc_llama.ranks import discover as discover
 FIRST_TO_FAIL = "pmc_llama/failed"
 """Counter in the default store of the ranks that failed, see `first_to_fail`."""
 
+# A peer that lost a rank may end as soon as that one. The launcher shall hear first of the one that died: its
+# status and its node are what counts.
+_NEWS_SECONDS = 1.0
+
 
 def connect(ranks: Ranks, timeout: timedelta) -> torch.device:
     """Make the default process group and say which device this rank computes on.
@@ -103,6 +107,8 @@ def first_to_fail(error: BaseException | None = None, patience: timedelta = time
         first = _speaks_unconnected(error)
     if not first:
         time.sleep(patience.total_seconds())
+    elif dist.is_initialized() and not isinstance(error, UserError):
+        time.sleep(_NEWS_SECONDS)
     return first
 
 
