@@ -147,8 +147,8 @@ class ShardingConfig:
 
     Args:
         activation_checkpointing: `none` keeps all activations; `selective` keeps the results of matrix
-            products and attention and computes the rest of a decoder layer again in backward (fsdp only);
-            `full` keeps a decoder layer's input and computes all of it again, a third more arithmetic.
+            products and attention and computes the rest of a decoder layer again in backward; `full` keeps a
+            decoder layer's input and computes all of it again, a third more arithmetic.
         checkpointed_layers: how many decoder layers, the first ones, whose activations live longest, are
             computed again; null, all of them.
         shard_group: hybrid sharding: parameters are gathered within groups of this many consecutive ranks, as
@@ -159,7 +159,8 @@ class ShardingConfig:
             gradients, with the update computed there; `all` the parameters as well, so that a GPU holds
             activations and the layers in use. Set OMP_NUM_THREADS to the cores of a rank for the update.
         prefetch_layers: decoder layers gathered ahead of the one that computes. 1 hides the gathering when a
-            layer computes for longer than it takes to gather; each further one costs its whole parameters.
+            layer computes for longer than it takes to gather; each further one costs its whole parameters. 0,
+            the least memory, is for deepspeed only.
         reduce_bucket_mb: megabytes of gradients, in `precision.reduce`, that are summed over the ranks at
             once (deepspeed only; a buffer of this size is held); null is one decoder layer, as fsdp has it.
         reshard_after_forward: free a decoder layer's gathered parameters between forward and backward, and

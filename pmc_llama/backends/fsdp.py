@@ -52,6 +52,11 @@ def check_sharding(sharding: ShardingConfig) -> None:
             "sharding.offload is optimizer, expected none or all with backend fsdp, whose fp32 masters are "
             "the parameters themselves; set it to all, or take backend deepspeed."
         )
+    if sharding.prefetch_layers < 1:
+        raise UserError(
+            f"sharding.prefetch_layers is {sharding.prefetch_layers}, expected 1 or more with backend fsdp, "
+            "which gathers the next layer ahead in any case; set it to 1, or take backend deepspeed."
+        )
     if sharding.reduce_bucket_mb is not None:
         raise UserError(
             f"sharding.reduce_bucket_mb is {sharding.reduce_bucket_mb}, expected null with backend fsdp, "

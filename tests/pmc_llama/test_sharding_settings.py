@@ -118,6 +118,7 @@ def test_deepspeed_offloads_what_the_recipe_says_and_pins_it_only_for_a_gpu(
         ("deepspeed", 1, ShardingConfig(shard_group=2), r"sharding\.shard_group is 2, .* the 1 ranks"),
         ("fsdp", 8, ShardingConfig(shard_group=1), r"sharding\.shard_group is 1, expected 2 or more"),
         ("fsdp", 8, ShardingConfig(offload="optimizer"), r"sharding\.offload is optimizer, .* set it to all"),
+        ("fsdp", 8, ShardingConfig(prefetch_layers=0), r"sharding\.prefetch_layers is 0, .* set it to 1"),
         ("fsdp", 8, ShardingConfig(reduce_bucket_mb=5), r"sharding\.reduce_bucket_mb is 5, .* remove it"),
         ("fsdp", 8, ShardingConfig(checkpointed_layers=2), r"checkpointed_layers is 2, .* full or selective"),
     ],
