@@ -12,7 +12,7 @@ import torch.distributed as dist
 import yaml
 
 from pmc_llama import checkpoint, starting
-from pmc_llama.backends import build_backend
+from pmc_llama.backends import build_backend, check_sharding
 from pmc_llama.checkpoint import FileTable, Manifest
 from pmc_llama.compatibility import check_model
 from pmc_llama.config import Recipe, plain
@@ -55,6 +55,7 @@ def train(recipe: Recipe, resume: str | None, started: float) -> int:
     startup = StartUp(started)
     startup.reached("imports")
     ranks = discover()
+    check_sharding(recipe, ranks.world_size)
     device = connect(ranks, collective_timeout(recipe.hangs.start_seconds))
     startup.reached("meeting the other ranks")
     sources = open_sources(recipe.data)
