@@ -1,4 +1,4 @@
-"""The command line: `pmc-llama plan | preflight | train | compare | export | evaluate | checkpoint`.
+"""The command line: `pmc-llama plan | preflight | train | compare | export | evaluate | report | checkpoint`.
 
 Each command is one function that reads its arguments and calls the module that does the work. torch is
 imported only then, so that help and mistakes in a recipe are told at once.
@@ -219,10 +219,17 @@ def preflight(arguments: Sequence[str]) -> int:
 
 
 def evaluate(arguments: Sequence[str]) -> int:
-    """Judge a model: its perplexity per token and per byte on the papers that a corpus holds out."""
+    """Judge a model: its answers to questions, and its perplexity on the papers that a corpus holds out."""
     from pmc_llama.evaluate.command import evaluate
 
     return evaluate(arguments)
+
+
+def report(arguments: Sequence[str]) -> int:
+    """Put the answers of models to questions in one table, beside what was published."""
+    from pmc_llama.report.command import report
+
+    return report(arguments)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
@@ -232,6 +239,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "compare": compare,
     "export": export,
     "evaluate": evaluate,
+    "report": report,
     "checkpoint": checkpoint,
 }
 WITH_RANKS = ("preflight", "train", "evaluate")

@@ -1,1 +1,1 @@
-"""Judging a model: how well it predicts papers that it was not trained on."""
+"""Judging a model: its answers to questions, and how well it predicts papers that it was not trained on."""
