@@ -10,6 +10,8 @@ The share of equal values estimates the similarity J with a standard error of sq
 finds a pair of similarity J with a probability of 1 - (1 - J^8)^14: 0.92 at 0.8, 0.56 at 0.7, 0.05 at 0.5.
 """
 
+from functools import cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,8 +28,6 @@ _DRAWS = 4096  # bins to look into for an empty one; one filled bin in 112 is mi
 # Bin i has the hashes h with floor(h / 2^32) * 112 / 2^32 in [i, i + 1).
 _BIN_EDGES = np.array([-(-(i << 32) // VALUES) << 32 for i in range(VALUES)], np.uint64)
 _FEW = 10  # hashes a bin, on average, that are looked at first; a bin without any is missed with exp(-10)
-_NUMBERS = np.arange(VALUES * _DRAWS, dtype=np.uint64).reshape(VALUES, _DRAWS)
-_DONORS = ((mix(_NUMBERS) >> np.uint64(32)) * np.uint64(VALUES) >> np.uint64(32)).astype(np.uint8)
 
 Signatures = NDArray[np.uint16]
 
@@ -45,7 +45,7 @@ def signature(words: Hashes) -> bytes | None:
         values, filled = _smallest(shingles)
     empty = np.flatnonzero(~filled)
     if len(empty):
-        donors = _DONORS[empty]
+        donors = _donors()[empty]
         first = np.argmax(filled[donors], axis=1)
         values[empty] = values[donors[np.arange(len(empty)), first]]
     return values.tobytes()
@@ -72,6 +72,13 @@ def _smallest(shingles: Hashes) -> tuple[Signatures, NDArray[np.bool_]]:
     filled = places < np.append(places[1:], len(ordered))
     values = ordered[np.minimum(places, len(ordered) - 1)] & np.uint64(0xFFFF)
     return values.astype("<u2"), filled
+
+
+@cache
+def _donors() -> NDArray[np.uint8]:
+    """The bins that each bin looks into when it is empty, in that order: `[112, 4096]`."""
+    numbers = np.arange(VALUES * _DRAWS, dtype=np.uint64).reshape(VALUES, _DRAWS)
+    return ((mix(numbers) >> np.uint64(32)) * np.uint64(VALUES) >> np.uint64(32)).astype(np.uint8)
 
 
 def band_keys(signatures: Signatures) -> Hashes:

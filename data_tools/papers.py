@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+import msgspec
+
 BAD_RECORDS = frozenset(
     {
         "broken_json",
@@ -33,16 +35,14 @@ class Source:
         return f"{self.file}:{self.position}"
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(msgspec.Struct, frozen=True, gc=False):
     """A paragraph (depth 0) or a section heading (depth 1 for top-level sections, 2 below, ...)."""
 
     text: str
     depth: int = 0
 
 
-@dataclass(frozen=True)
-class Paper:
+class Paper(msgspec.Struct, frozen=True):
     """One paper, book or other document. Texts are as the source has them, less markup and numeric citations.
 
     Attributes:

@@ -26,10 +26,10 @@ from data_tools.measures import Measurer
 from data_tools.papers import Paper, Rejected
 from data_tools.recipe import Recipe
 from data_tools.rejected import RejectedFile
-from data_tools.render import training_text
 from data_tools.rules import RULES_VERSION, apply, chain
 from data_tools.rules.base import Dropped, Rule
 from data_tools.rules.normalize import normalize_text
+from data_tools.rules.texts import text_of
 from data_tools.shards import ShardReader
 from data_tools.streams import is_url
 from data_tools.token_files import TokenFileWriter
@@ -242,7 +242,7 @@ def _select(record: Paper | Rejected, recipe: Recipe, rules: Sequence[Rule]) -> 
     paper = apply(rules, record)
     if isinstance(paper, Dropped):
         return Rejected(paper.reason, record.source, paper.detail)
-    text = training_text(paper)
+    text = text_of(paper).training_text  # that of the rules
     return (paper, text) if text else Rejected("no_text", record.source)
 
 

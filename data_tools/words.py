@@ -77,21 +77,36 @@ hashed_words = _LastWords()
 """`word_hashes` of a text, read-only. To compare a text with the last one takes less than to hash it."""
 
 
-def ngrams(words: Hashes, n: int) -> Hashes:
-    """The hashes of every n consecutive words: uint64 `[words - n + 1]`, empty for fewer words.
+class _LastNgrams:
+    """The n-grams of the words that were asked for last, of which several rules and measures ask."""
 
-    Built from halves, so an n-gram costs about log2(n) steps.
-    """
-    if n == 1:
-        return words
-    if len(words) < n:
-        return np.empty(0, np.uint64)
-    half = n // 2
-    halves = ngrams(words, half)
-    pairs = halves[: len(halves) - half] * _gram_power(half) + halves[half:]
-    if n % 2 == 0:
-        return pairs
-    return pairs[: len(words) - n + 1] * _gram_power(1) + words[n - 1 :]
+    def __init__(self) -> None:
+        self._words = np.empty(0, np.uint64)
+        self._known: dict[int, Hashes] = {}
+
+    def __call__(self, words: Hashes, n: int) -> Hashes:
+        if words is not self._words:
+            self._words, self._known = words, {1: words}
+        if n not in self._known:
+            self._known[n] = self._made(n)
+            self._known[n].setflags(write=False)
+        return self._known[n]
+
+    def _made(self, n: int) -> Hashes:
+        if len(self._words) < n:
+            return np.empty(0, np.uint64)
+        if n % 2:
+            return self(self._words, n - 1)[:-1] * _gram_power(1) + self._words[n - 1 :]
+        half = n // 2
+        halves = self(self._words, half)
+        return halves[:-half] * _gram_power(half) + halves[half:]
+
+
+ngrams = _LastNgrams()
+"""The hashes of every n consecutive words: uint64 `[words - n + 1]`, read-only, empty for fewer words.
+
+Built from halves, so an n-gram costs about log2(n) steps.
+"""
 
 
 def ngrams_at(words: Hashes, places: NDArray[np.int64], n: int) -> Hashes:
@@ -138,12 +153,13 @@ def _gram_power(exponent: int) -> np.uint64:
 
 def _clear_separators(content: NDArray[np.uint8]) -> None:
     """Zero the UTF-8 bytes of U+0080 to U+00BF (C2 xx) and U+2000 to U+207F (E2 80 xx, E2 81 xx)."""
-    leads = np.flatnonzero(content == 0xC2)
-    content[leads] = content[leads + 1] = 0
-    leads = np.flatnonzero(content == 0xE2)
-    leads = leads[(content[leads + 1] & 0xFE) == 0x80]
+    leads = np.flatnonzero(content >= 0xC0)
+    first, second = content[leads], content[leads + 1]
+    pairs = leads[first == 0xC2]
+    content[pairs] = content[pairs + 1] = 0
+    triples = leads[(first == 0xE2) & ((second & 0xFE) == 0x80)]
     for offset in range(3):
-        content[leads + offset] = 0
+        content[triples + offset] = 0
 
 
 def _block_hashes(content: NDArray[np.uint8]) -> Hashes:

@@ -7,8 +7,10 @@ Sources: `PMC{id}.{version}.json` (keys `pmcid`, `pmid`, `doi`, `license_code`, 
 import csv
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, BinaryIO
+
+from msgspec.structs import replace
 
 from data_tools.papers import Paper, normalize_doi, normalize_pmc_id
 from data_tools.readers.fields import json_object, pubmed_id, words

@@ -2,11 +2,12 @@
 
 import re
 import unicodedata
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from data_tools.papers import Block, Paper
@@ -114,14 +115,15 @@ def _suspects(together: str) -> list[int]:
     """
     content = np.frombuffer(together.encode(errors="surrogatepass"), np.uint8)
     gaps = content <= ord(" ")
-    controls = (content < ord(" ")) | (content == 0x7F)
-    between = content == ord(_BETWEEN)
-    odd = controls & ~between
+    odd = content == 0x7F
     odd[:-1] |= gaps[:-1] & gaps[1:]
-    bounds = np.flatnonzero(between)
+    controls = np.flatnonzero(content < ord(" "))
+    between = content[controls] == ord(_BETWEEN)
+    bounds = controls[between]
     beyond = np.flatnonzero(content >= 0xC0)
     beyond = beyond[~_left_alone().take(_code_points(content, beyond), mode="clip")]
-    places = np.searchsorted(bounds, np.concatenate([np.flatnonzero(odd), beyond]), side="right") - 1
+    suspect = np.concatenate([np.flatnonzero(odd), controls[~between], beyond])
+    places = np.searchsorted(bounds, suspect, side="right") - 1
     return sorted(set(places.tolist()))
 
 

@@ -1,10 +1,11 @@
 """Paragraphs that are no prose: rows of tables, sequences, letters that OCR has set apart."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
+from msgspec.structs import replace
 
 from data_tools.papers import Paper
 from data_tools.rules.texts import Text, text_of

@@ -14,24 +14,35 @@ Mask = NDArray[np.bool_]
 
 
 class Text:
-    """The text of a paper.
+    """The text of a paper, and what the rules look at in it, each made when it is first asked for.
 
     Attributes:
         paper: whose text it is.
-        paragraphs: of abstract and body, without headings; of a plain document its lines with text.
-        lengths: of the paragraphs, in characters: int64 `[paragraphs]`.
-        content: the paragraphs in UTF-8, a line feed before each and behind the last: uint8 `[bytes]`.
-        starts: where each begins in `content`: int64 `[paragraphs]`.
     """
 
     def __init__(self, paper: Paper) -> None:
         self.paper = paper
-        self.paragraphs = list(_paragraphs(paper))
-        self.lengths = np.fromiter(map(len, self.paragraphs), np.int64, len(self.paragraphs))
-        lines = [text.encode(errors="replace") for text in self.paragraphs]
-        self.content = np.frombuffer(b"\n".join([b"", *lines, b""]), np.uint8)
-        sizes = np.fromiter(map(len, lines), np.int64, len(lines))
-        self.starts = np.cumsum(sizes + 1) - sizes
+
+    @cached_property
+    def paragraphs(self) -> list[str]:
+        """Those of abstract and body, without headings; of a plain document its lines with text."""
+        return list(_paragraphs(self.paper))
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Of the paragraphs, in characters: int64 `[paragraphs]`."""
+        return np.fromiter(map(len, self.paragraphs), np.int64, len(self.paragraphs))
+
+    @cached_property
+    def content(self) -> NDArray[np.uint8]:
+        """The paragraphs in UTF-8, a line feed before each and behind the last: uint8 `[bytes]`."""
+        return np.frombuffer(b"\n".join([b"", *self._lines, b""]), np.uint8)
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """Where each paragraph begins in `content`: int64 `[paragraphs]`."""
+        sizes = np.fromiter(map(len, self._lines), np.int64, len(self._lines))
+        return np.cumsum(sizes + 1) - sizes
 
     @cached_property
     def letters(self) -> Mask:
@@ -61,6 +72,10 @@ class Text:
     def words(self) -> Hashes:
         """The words of the training text, hashed (`data_tools.words`): uint64 `[words]`."""
         return hashed_words(self.training_text)
+
+    @cached_property
+    def _lines(self) -> list[bytes]:
+        return [text.encode(errors="replace") for text in self.paragraphs]
 
     def in_paragraphs(self, mask: Mask) -> NDArray[np.int64]:
         """How many bytes of each paragraph a mask of `content` marks: int64 `[paragraphs]`.

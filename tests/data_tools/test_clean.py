@@ -1,10 +1,9 @@
 """The training text: title, abstract, headings, paragraphs; white space and controls; what is dropped."""
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from data_tools.papers import Block, Paper, Source
 from data_tools.readers.citations import close_gaps

@@ -1,6 +1,5 @@
 """The rules of the cleaning chain: each drops what it names, with the value found; sound papers stay."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from data_tools.inputs import find_inputs, shards
 from data_tools.papers import Block, Paper, Source
