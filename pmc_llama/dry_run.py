@@ -12,6 +12,7 @@ from pmc_llama.backends.base import Backend
 from pmc_llama.config import Recipe
 from pmc_llama.data import MicroBatch
 from pmc_llama.metrics import peak_memory
+from pmc_llama.plan.batch_sizes import micro_sizes
 
 
 def dry_run(backend: Backend, recipe: Recipe, vocab_size: int, device: torch.device) -> str:
@@ -127,11 +128,7 @@ def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
 
 def _too_much(recipe: Recipe, device: torch.device) -> str:
     batch, checkpointing = recipe.batch, recipe.sharding.activation_checkpointing
-    changes = ["lower data.sequence_length", "train on more ranks"]
-    if checkpointing == "none":
-        changes.insert(0, "set sharding.activation_checkpointing to full")
-    if batch.micro_size > 1:
-        changes.insert(0, "lower batch.micro_size, which changes no result")
+    changes = _remedies(recipe)
     place = "GPU" if device.type == "cuda" else "machine"
     return (
         f"The memory of rank {dist.get_rank()} does not suffice for a step: with batch.micro_size "
@@ -139,3 +136,20 @@ def _too_much(recipe: Recipe, device: torch.device) -> str:
         f"sharding.activation_checkpointing {checkpointing} it ran out at {_gib(peak_memory(device))}, of "
         f"{_gib(_total_memory(device))} of its {place}; {', '.join(changes[:-1])}, or {changes[-1]}."
     )
+
+
+def _remedies(recipe: Recipe) -> list[str]:
+    """What lowers the memory, what costs least first; none but the sequence length changes a loss."""
+    sharding, micro = recipe.sharding, recipe.batch.micro_size
+    changes = []
+    smaller = [size for size in micro_sizes(recipe, dist.get_world_size()) if size < micro]
+    if smaller:
+        changes.append(f"set --batch.micro_size {smaller[-1]}, the next smaller one")
+    stronger = {"none": "selective, then full", "selective": "full"}.get(sharding.activation_checkpointing)
+    if stronger:
+        changes.append(f"set --sharding.activation_checkpointing {stronger}")
+    offloads = ["none", "optimizer", "all"] if recipe.backend == "deepspeed" else ["none", "all"]
+    further = offloads[offloads.index(sharding.offload) + 1 :]
+    if further:
+        changes.append(f"set --sharding.offload {further[0]}")
+    return [*changes, "lower data.sequence_length", "train on more ranks"]

@@ -4,10 +4,12 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from transformers import LlamaConfig
 
 from pmc_llama.config import Recipe
+from pmc_llama.plan.batch_sizes import divisors, micro_sizes
 from pmc_llama.plan.cluster import Cluster
 from pmc_llama.plan.memory import MemoryPlan, least_memory, plan_memory
 from pmc_llama.plan.throughput import Workload, step_time
@@ -36,12 +38,11 @@ class Change:
 
 
 def largest_micro_size(recipe: Recipe, config: LlamaConfig, cluster: Cluster) -> int | None:
-    """Sequences of the largest micro-batch that fits and divides a rank's part of the global batch.
+    """Sequences of the largest micro-batch that fits, of those that `micro_sizes` has.
 
     None when not even one sequence fits. Memory rises with the micro-batch, so the sizes are bisected.
     """
-    share = recipe.batch.global_size // cluster.ranks
-    sizes = _divisors(share)
+    sizes = micro_sizes(recipe, cluster.ranks)
     # What is known already comes first: the recipe's own size decides which half is left.
     low, high = 0, len(sizes)
     middle = sizes.index(recipe.batch.micro_size)
@@ -53,6 +54,53 @@ def largest_micro_size(recipe: Recipe, config: LlamaConfig, cluster: Cluster) ->
         middle = min((low + high) // 2, low + 1)
         middle = min(middle, high - 1)
     return sizes[low - 1] if low else None
+
+
+Checkpointing = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The largest micro-batch that fits with one kind of activation checkpointing.
+
+    Attributes:
+        checkpointing: `sharding.activation_checkpointing`, of all layers.
+        micro_size: sequences; None when not even one fits.
+        memory: that it needs; None likewise.
+        tokens_per_second: of a GPU, predicted; 0 likewise.
+    """
+
+    checkpointing: Checkpointing
+    micro_size: int | None
+    memory: MemoryPlan | None
+    tokens_per_second: float
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """What to set, as on the command line."""
+        return _told(
+            {"batch.micro_size": self.micro_size, "sharding.activation_checkpointing": self.checkpointing}
+        )
+
+
+def find_batches(recipe: Recipe, config: LlamaConfig, cluster: Cluster) -> Iterator[Batch]:
+    """The largest micro-batch that fits, for each kind of activation checkpointing, as each is found.
+
+    The global batch stays, so no result changes. A plan of each size that is tried takes seconds.
+    """
+    for checkpointing in get_args(Checkpointing):
+        tried = _changed(
+            recipe,
+            {"sharding.activation_checkpointing": checkpointing, "sharding.checkpointed_layers": None},
+        )
+        size = largest_micro_size(tried, config, cluster)
+        if size is None:
+            yield Batch(checkpointing, None, None, 0.0)
+            continue
+        found = _with_micro_size(tried, size)
+        work = Workload.of(found, config, cluster.ranks)
+        speed = work.micro_tokens * work.accumulation / step_time(work, cluster).total
+        yield Batch(checkpointing, size, plan_memory(found, config, cluster.ranks), speed)
 
 
 def changes_that_fit(recipe: Recipe, config: LlamaConfig, cluster: Cluster) -> list[Change]:
@@ -90,7 +138,7 @@ def _candidates(
 ) -> Iterator[tuple[tuple[str, ...], Recipe, int]]:
     """Each change as it is told, the recipe with it, and the nodes; all of them can be run."""
     micro = recipe.batch.micro_size
-    smaller = [size for size in _divisors(micro) if size < micro][-2:]
+    smaller = [size for size in divisors(micro) if size < micro][-2:]
     if micro > 1 and 1 not in smaller:
         smaller.insert(0, 1)
     batches: list[dict[str, object]] = [{}]
@@ -150,7 +198,3 @@ def _told(settings: dict[str, object]) -> tuple[str, ...]:
 
 def _with_micro_size(recipe: Recipe, size: int) -> Recipe:
     return _changed(recipe, {"batch.micro_size": size})
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]

@@ -30,6 +30,11 @@ def plan(arguments: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=int, help="of the corpus, when it is not on this machine")
     parser.add_argument("--papers", type=int, help="of the corpus, when it is not on this machine")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw memory and time as stacked bars")
+    parser.add_argument(
+        "--find-batch",
+        action="store_true",
+        help="find the largest micro-batch that fits, for each kind of activation checkpointing",
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON: bytes and seconds")
     recipe, values = parser.read(arguments)
     options = argparse.Namespace(**values)
@@ -38,11 +43,13 @@ def plan(arguments: Sequence[str]) -> int:
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}, expected a number above 0")
 
+    from pmc_llama.plan.advice import find_batches
     from pmc_llama.plan.cluster import Cluster, find_gpu, node_bandwidth
     from pmc_llama.plan.duration import corpus_here, corpus_size
+    from pmc_llama.plan.memory import check_batch
     from pmc_llama.plan.picture import draw
-    from pmc_llama.plan.plan import as_data, make_plan, planned_config
-    from pmc_llama.plan.table import describe, headline
+    from pmc_llama.plan.plan import as_data, batch_data, make_plan, planned_config
+    from pmc_llama.plan.table import batch_row, batches_heading, describe, headline
 
     cluster = Cluster(
         gpu=find_gpu(options.gpu),
@@ -51,6 +58,16 @@ def plan(arguments: Sequence[str]) -> int:
         node_bandwidth=node_bandwidth(options.interconnect, options.gpus_per_node),
         filesystem_bandwidth=options.filesystem * 1e9,
     )
+    if options.find_batch:
+        check_batch(recipe, cluster.ranks)
+        batches = find_batches(recipe, planned_config(recipe, corpus_here(recipe)), cluster)
+        if options.json:
+            print(json.dumps([batch_data(batch) for batch in batches], indent=1))
+            return 0
+        print(batches_heading(recipe, cluster), flush=True)
+        for batch in batches:
+            print(batch_row(batch), flush=True)
+        return 0
     corpus = corpus_size(recipe, options.tokens, options.papers)
     made = make_plan(recipe, planned_config(recipe, corpus_here(recipe)), cluster, corpus)
     if options.picture:

@@ -82,17 +82,31 @@ def corpus_size(recipe: Recipe, tokens: int | None, papers: int | None) -> Corpu
 
 
 def count_steps(recipe: Recipe, corpus: CorpusSize) -> int:
-    """Optimizer steps of a run: an epoch is a sample of every paper in `window` mode, else every token."""
+    """Optimizer steps of a run: in `packed` mode an epoch is every token, else a sample of every paper."""
     if recipe.schedule.steps is not None:
         return recipe.schedule.steps
     windows = math.ceil(corpus.tokens / recipe.data.sequence_length)
-    samples = recipe.schedule.epochs * (corpus.papers if recipe.data.mode == "window" else windows)
+    samples = recipe.schedule.epochs * (windows if recipe.data.mode == "packed" else corpus.papers)
     if (
         recipe.data.corpora
     ):  # an epoch is one of the first corpus, the others come in the ratio of the weights
         weights = [asked.weight for asked in recipe.data.corpora]
         samples *= sum(weights) / weights[0]
     return math.ceil(round(samples, 6) / recipe.batch.global_size)
+
+
+def rows_of_step(recipe: Recipe, corpus: CorpusSize, ranks: int) -> int:
+    """Rows of `data.sequence_length` inputs that a step takes, over all ranks.
+
+    The sequences of the global batch; in `whole` mode what its documents fill, at the corpus' mean length, up
+    to a multiple of micro-batch times ranks, as they are packed (`pmc_llama.whole`).
+    """
+    batch, length = recipe.batch, recipe.data.sequence_length
+    if recipe.data.mode != "whole":
+        return batch.global_size
+    mean = min(corpus.tokens / corpus.papers, length)
+    together = batch.micro_size * ranks
+    return math.ceil(batch.global_size * mean / length / together) * together
 
 
 def plan_duration(
@@ -115,7 +129,7 @@ def plan_duration(
     kept = min(saves, saved.keep_last) + (steps // saved.keep_every if saved.keep_every else 0)
     return Duration(
         steps=steps,
-        tokens=steps * recipe.batch.global_size * recipe.data.sequence_length,
+        tokens=steps * rows_of_step(recipe, corpus, cluster.ranks) * recipe.data.sequence_length,
         wall_seconds=wall,
         gpu_hours=wall * cluster.ranks / 3600,
         evaluation_seconds=evaluation,

@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 from data_tools.errors import UserError
 from pmc_llama.config import Recipe, ShardingConfig
 from pmc_llama.plan.states import States, layer_parameters, plan_states
+from pmc_llama.plan.throughput import masks_documents
 from pmc_llama.plan.tracking import (
     ACTIVATIONS,
     COPIES,
@@ -141,13 +142,13 @@ def least_memory(recipe: Recipe, config: LlamaConfig, world_size: int) -> int:
 
 
 def check_batch(recipe: Recipe, world_size: int) -> None:
-    """Refuse a batch that the ranks cannot share.
+    """Refuse a batch that the ranks cannot share; in `whole` mode its documents fill as many rows as needed.
 
     Raises:
         UserError: names the keys.
     """
     batch, group = recipe.batch, recipe.sharding.shard_group
-    if batch.global_size % (batch.micro_size * world_size):
+    if recipe.data.mode != "whole" and batch.global_size % (batch.micro_size * world_size):
         raise UserError(
             f"batch.global_size is {batch.global_size}, expected a multiple of batch.micro_size "
             f"{batch.micro_size} times the {world_size} ranks; change one of the three."
@@ -248,7 +249,7 @@ def _tracked(
     recipe, config = copy.deepcopy(recipe), copy.deepcopy(config)
     config.num_hidden_layers = sum(regions)
     recipe.sharding.checkpointed_layers = regions[0]
-    recipe.batch.global_size = recipe.batch.global_size // world_size * ranks
+    recipe.batch.global_size = -(-recipe.batch.global_size // world_size) * ranks
     if ranks < world_size and recipe.sharding.shard_group is not None:
         recipe.sharding.shard_group = ranks // 2
     elsewhere = {MASTERS, COPIES, GRADIENTS, MOMENTS} - _on_gpu(recipe.sharding)
@@ -293,7 +294,7 @@ def _masks(recipe: Recipe, config: LlamaConfig) -> int:
     layer, which a layer that is not computed again keeps for its backward.
     """
     data, sharding = recipe.data, recipe.sharding
-    if not data.isolate_documents or data.mode != "packed":
+    if not masks_documents(data):
         return 0
     layers = int(config.num_hidden_layers)
     counted = layers if sharding.checkpointed_layers is None else min(sharding.checkpointed_layers, layers)

@@ -9,9 +9,9 @@ from data_tools.corpus import Corpus
 from pmc_llama.config import Recipe, plain
 from pmc_llama.flops import model_flops_per_token
 from pmc_llama.model import SIZES, for_training, llama_config
-from pmc_llama.plan.advice import Change, changes_that_fit, largest_micro_size
+from pmc_llama.plan.advice import Batch, Change, changes_that_fit, largest_micro_size
 from pmc_llama.plan.cluster import GIB, Cluster
-from pmc_llama.plan.duration import CorpusSize, Duration, plan_duration
+from pmc_llama.plan.duration import CorpusSize, Duration, plan_duration, rows_of_step
 from pmc_llama.plan.memory import MemoryPlan, plan_memory
 from pmc_llama.plan.throughput import CALIBRATION, StepTime, Workload, step_time
 
@@ -81,7 +81,7 @@ def make_plan(recipe: Recipe, config: LlamaConfig, cluster: Cluster, corpus: Cor
         UserError: the recipe cannot be run on so many ranks.
     """
     memory = plan_memory(recipe, config, cluster.ranks)
-    work = Workload.of(recipe, config, cluster.ranks)
+    work = Workload.of(recipe, config, cluster.ranks, rows_of_step(recipe, corpus, cluster.ranks))
     step = step_time(work, cluster)
     fits = memory.total <= cluster.gpu.memory_bytes
     return Plan(
@@ -170,6 +170,16 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "mfu": plan.mfu,
         "duration": asdict(plan.duration),
         "assumptions": assumptions(plan),
+    }
+
+
+def batch_data(batch: Batch) -> dict[str, Any]:
+    """What `--find-batch` found for one kind of activation checkpointing, as JSON holds it."""
+    return {
+        "activation_checkpointing": batch.checkpointing,
+        "micro_size": batch.micro_size,
+        "memory": batch.memory.total if batch.memory else None,
+        "tokens_per_second_per_gpu": batch.tokens_per_second,
     }
 
 

@@ -9,6 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pmc_llama.config import Recipe
+from pmc_llama.plan.advice import Batch
+from pmc_llama.plan.cluster import Cluster
 from pmc_llama.plan.picture import COLORS
 from pmc_llama.plan.plan import Plan, assumptions, gib
 
@@ -29,6 +32,25 @@ def headline(plan: Plan) -> str:
         f"{plan.recipe.backend} on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}; "
         f"micro-batches of {tokens}, {plan.work.accumulation} a step"
     )
+
+
+def batches_heading(recipe: Recipe, cluster: Cluster) -> str:
+    """What is above the rows of `batch_row`."""
+    where = f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}"
+    columns = f"{'recomputed':12}{'micro-batch':>12}{'GiB':>8}{'tokens/s a GPU':>16}  to set"
+    return (
+        f"The largest micro-batch of {recipe.data.sequence_length} tokens under {recipe.backend} on {where}, "
+        f"{gib(cluster.gpu.memory_bytes)} GiB each; the global batch stays.\n"
+        f"Planned, not measured: the dry run of `pmc-llama train` confirms it.\n\n{columns}"
+    )
+
+
+def batch_row(batch: Batch) -> str:
+    """A row of what `pmc-llama plan --find-batch` found."""
+    if batch.memory is None:
+        return f"{batch.checkpointing:12}{'none fits':>12}"
+    figures = f"{gib(batch.memory.total):>8}{batch.tokens_per_second:16,.0f}"
+    return f"{batch.checkpointing:12}{batch.micro_size:>12}{figures}  {' '.join(batch.settings)}"
 
 
 def _sections(plan: Plan) -> Iterator[RenderableType]:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from transformers import LlamaConfig
 
-from pmc_llama.config import BackendName, Recipe, ShardingConfig
+from pmc_llama.config import BackendName, DataConfig, Recipe, ShardingConfig
 from pmc_llama.plan.cluster import Cluster, Gpu
 
 ADAMW_BYTES = 28  # read parameter, gradient and both moments, write all but the gradient: fp32, fused
@@ -168,16 +168,25 @@ class Workload:
     input_seconds: float = 0.0
 
     @classmethod
-    def of(cls, recipe: Recipe, config: LlamaConfig, ranks: int) -> "Workload":
-        """A step of a recipe on so many ranks, which divide its batch."""
-        sharding = recipe.sharding
+    def of(cls, recipe: Recipe, config: LlamaConfig, ranks: int, rows: int | None = None) -> "Workload":
+        """A step of a recipe on so many ranks, which divide its batch.
+
+        Args:
+            recipe: the whole of it.
+            config: of its model.
+            ranks: one a GPU.
+            rows: of a step, see `duration.rows_of_step`; None, as many as the global batch has sequences: in
+                `whole` mode a row for each document, the most that there can be.
+        """
+        sharding, micro_size = recipe.sharding, recipe.batch.micro_size
+        rows = recipe.batch.global_size if rows is None else rows
         return cls(
             shape=Shape.of(config),
             backend=recipe.backend,
             sequence_length=recipe.data.sequence_length,
-            micro_size=recipe.batch.micro_size,
-            accumulation=recipe.batch.global_size // (recipe.batch.micro_size * ranks),
-            attention="full" if recipe.data.isolate_documents else "causal",
+            micro_size=micro_size,
+            accumulation=-(-rows // (micro_size * ranks)),
+            attention="full" if masks_documents(recipe.data) else "causal",
             recomputation=Recomputation.of(sharding, config.num_hidden_layers),
             shard_group=sharding.shard_group,
             gathered_twice=sharding.reshard_after_forward,
@@ -189,6 +198,11 @@ class Workload:
     def micro_tokens(self) -> int:
         """Tokens of a micro-batch."""
         return self.micro_size * self.sequence_length
+
+
+def masks_documents(data: DataConfig) -> bool:
+    """Whether documents that share a row are masked from one another: always in `whole` mode."""
+    return data.mode == "whole" or (data.mode == "packed" and data.isolate_documents)
 
 
 @dataclass(frozen=True)

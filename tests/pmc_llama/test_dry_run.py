@@ -111,6 +111,8 @@ def test_too_little_memory_is_told_with_what_was_asked_what_there_is_and_what_to
     expected = (
         r"The memory of rank 0 does not suffice for a step: with batch\.micro_size 131072, "
         r"data\.sequence_length 24 and sharding\.activation_checkpointing none it ran out at \d+\.\d\d GiB, "
-        r"of \d+\.\d\d GiB of its machine; lower batch\.micro_size, .* to full, .* or train on more ranks\."
+        r"of \d+\.\d\d GiB of its machine; set --batch\.micro_size 65536, the next smaller one, "
+        r"set --sharding\.activation_checkpointing selective, then full, set --sharding\.offload all, "
+        r"lower data\.sequence_length, or train on more ranks\."
     )
     assert re.fullmatch(expected, str(told.value))

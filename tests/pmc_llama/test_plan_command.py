@@ -11,14 +11,14 @@ from rich.console import Console
 from data_tools.errors import UserError
 from pmc_llama.config import ModelConfig, Recipe
 from pmc_llama.model import llama_config
-from pmc_llama.plan.advice import Change
+from pmc_llama.plan.advice import Batch, Change
 from pmc_llama.plan.cluster import GIB, GPUS, Cluster
 from pmc_llama.plan.command import plan
 from pmc_llama.plan.duration import CorpusSize, plan_duration
 from pmc_llama.plan.memory import MemoryPlan
 from pmc_llama.plan.picture import draw
 from pmc_llama.plan.plan import Plan, as_data, assumptions
-from pmc_llama.plan.table import describe, in_words
+from pmc_llama.plan.table import batch_row, describe, in_words
 from pmc_llama.plan.throughput import Workload, step_time
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "demo.yaml"
@@ -117,6 +117,30 @@ def test_the_demo_is_planned_without_gpu_or_corpus(capsys: pytest.CaptureFixture
     assert data["fits"] is True
     assert data["memory"]["total"] < 5 * GIB
     assert data["tokens_per_second_per_gpu"] > 0
+
+
+@pytest.mark.slow
+def test_the_largest_micro_batch_is_found_for_each_kind_of_checkpointing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [str(RECIPE), "--backend=fsdp", "--gpus-per-node=2", "--data.corpus=nowhere", "--find-batch"]
+    assert plan([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [batch["activation_checkpointing"] for batch in found] == ["none", "selective", "full"]
+    assert [batch["micro_size"] for batch in found] == [8, 8, 8]  # all of a rank's part of the 16
+    speeds = [batch["tokens_per_second_per_gpu"] for batch in found]
+    assert speeds == sorted(speeds, reverse=True)
+    assert plan(arguments) == 0
+    assert "--batch.micro_size 8 --sharding.activation_checkpointing full" in capsys.readouterr().out
+
+
+def test_a_batch_that_was_found_is_told_with_what_to_set() -> None:
+    row = batch_row(Batch("selective", 6, made().memory, 9876.5))
+    assert row.split() == [
+        *("selective", "6", "45.0", "9,876"),
+        *("--batch.micro_size", "6", "--sharding.activation_checkpointing", "selective"),
+    ]
+    assert batch_row(Batch("none", None, None, 0.0)).split() == ["none", "none", "fits"]
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from pmc_llama.config import (
 )
 from pmc_llama.flops import model_flops_per_token
 from pmc_llama.model import llama_config
+from pmc_llama.plan.batch_sizes import micro_sizes
 from pmc_llama.plan.cluster import GPUS, Cluster, find_gpu, node_bandwidth
-from pmc_llama.plan.duration import CorpusSize, corpus_size, count_steps, plan_duration
+from pmc_llama.plan.duration import CorpusSize, corpus_size, count_steps, plan_duration, rows_of_step
 from pmc_llama.plan.throughput import CALIBRATION, Recomputation, Workload, collectives, step_time
 
 H100 = GPUS["h100"]
@@ -137,6 +138,27 @@ def test_packed_steps_cover_every_token_and_a_blend_all_of_its_corpora() -> None
     blend = DataConfig(mode="packed", corpora=[CorpusConfig("one", weight=2), CorpusConfig("two", weight=6)])
     assert count_steps(Recipe(data=blend), corpus) == 41  # 4 x (1,280 and a bit of a sequence) / 128, up
     assert count_steps(Recipe(schedule=ScheduleConfig(steps=7)), corpus) == 7
+
+
+def test_whole_documents_are_counted_as_samples_and_fill_rows_by_their_mean_length() -> None:
+    whole = Recipe(data=DataConfig(mode="whole", sequence_length=1000), batch=BatchConfig(128, 4))
+    corpus = CorpusSize(papers=1280, tokens=1280 * 200, source="")
+    assert count_steps(whole, corpus) == 10
+    rows = rows_of_step(whole, corpus, ranks=2)
+    assert rows == 32  # 128 x 200 / 1000 = 25.6, up to a multiple of 4 x 2
+    work = Workload.of(whole, seven(), 2, rows)
+    assert (work.accumulation, work.attention) == (4, "full")
+    step = step_time(work, NODE)
+    assert plan_duration(whole, work, step, NODE, corpus).tokens == 10 * 32 * 1000
+    sequences = Recipe(batch=BatchConfig(128, 4))
+    assert rows_of_step(sequences, corpus, ranks=2) == 128
+
+
+def test_micro_batches_divide_a_ranks_sequences_and_rows_of_whole_documents_need_not() -> None:
+    recipe = Recipe(batch=BatchConfig(global_size=24, micro_size=2))
+    assert micro_sizes(recipe, ranks=2) == [1, 2, 3, 4, 6, 12]
+    recipe.data.mode = "whole"
+    assert micro_sizes(recipe, ranks=5) == [1, 2, 3, 4, 5]
 
 
 def test_gpu_hours_and_checkpoints_follow_from_steps() -> None:
