@@ -93,6 +93,7 @@ def _train(run: Path, backend: str, base: Path, corpus: Path, options: argparse.
         "schedule.warmup_ratio": 0.1,
         "optimizer.learning_rate": options.learning_rate,
         "evaluation.max_sequences": 8,
+        "checkpoint.every_steps": 10,
         "checkpoint.keep_last": 1,
         "dry_run": False,
     }

@@ -28,6 +28,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import LlamaConfig
 
+from pmc_llama.config import BatchConfig, Recipe
+
+BACKENDS = ("deepspeed", "fsdp")
 _WARM_UP = 5  # steps left out
 _SEQUENCE, _GLOBAL, _MICRO = 256, 8, 2
 _SIZE = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8}
@@ -39,34 +42,37 @@ def main() -> None:
     """Run the pairs and print a table; or, under torchrun, be the bare loop."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--bare", choices=("deepspeed", "fsdp"), help=argparse.SUPPRESS)
+    parser.add_argument("--bare", choices=BACKENDS, help=argparse.SUPPRESS)
     parser.add_argument("--config", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.bare:
         _bare_loop(options.bare, LlamaConfig.from_json_file(options.config), options.steps)
         return
     with tempfile.TemporaryDirectory() as name:
-        _compare(Path(name), options.pairs, options.steps)
+        config = _prepare(Path(name))
+        pairs, steps = options.pairs, options.steps
+        print(f"{pairs} pairs of {steps} steps of {_GLOBAL} x {_SEQUENCE} tokens; tokens/s, median (each)")
+        for backend in options.backends:
+            for ranks in options.ranks:
+                _compare(Path(name), config, backend, ranks, pairs, steps)
 
 
-def _compare(directory: Path, pairs: int, steps: int) -> None:
-    config = _prepare(directory)
-    print(f"{pairs} pairs of {steps} steps of {_GLOBAL} x {_SEQUENCE} tokens; tokens/s, median (each)")
-    for backend in ("deepspeed", "fsdp"):
-        for ranks in (1, 2):
-            ours, bare, starts = [], [], []
-            for pair in range(pairs):
-                run = directory / f"{backend}-{ranks}-{pair}"
-                rows, account = _train(run, directory / "corpus", config, backend, ranks, steps)
-                ours.append(_speed([row["seconds_since_start"] for row in rows]))
-                starts.append(rows[0]["seconds_since_start"])
-                bare.append(_speed(_bare(config, backend, ranks, steps)))
-            ratio = statistics.median(one / other for one, other in zip(ours, bare, strict=True))
-            speeds = f"pmc-llama {_told(ours)}  bare {_told(bare)}  median of the ratios {ratio:.3f}"
-            start = f"first step after {statistics.median(starts):.1f} s"
-            print(f"{backend:9} {ranks} rank{'s' * (ranks > 1):1}  {speeds}; {start}", flush=True)
-            print(f"          {account}", flush=True)
+def _compare(directory: Path, config: Path, backend: str, ranks: int, pairs: int, steps: int) -> None:
+    ours, bare, starts = [], [], []
+    for pair in range(pairs):
+        run = directory / f"{backend}-{ranks}-{pair}"
+        rows, account = _train(run, directory / "corpus", config, backend, ranks, steps)
+        ours.append(_speed([row["seconds_since_start"] for row in rows]))
+        starts.append(rows[0]["seconds_since_start"])
+        bare.append(_speed(_bare(config, backend, ranks, steps)))
+    ratio = statistics.median(one / other for one, other in zip(ours, bare, strict=True))
+    speeds = f"pmc-llama {_told(ours)}  bare {_told(bare)}  median of the ratios {ratio:.3f}"
+    start = f"first step after {statistics.median(starts):.1f} s"
+    print(f"{backend:9} {ranks} rank{'s' * (ranks > 1):1}  {speeds}; {start}", flush=True)
+    print(f"          {account}", flush=True)
 
 
 def _prepare(directory: Path) -> Path:
@@ -184,10 +190,12 @@ def _deepspeed(config: LlamaConfig) -> Callable[[Tensor], Tensor]:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
+    from pmc_llama.backends.deepspeed import engine_settings
     from pmc_llama.model import LlamaForPretraining
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of compiling, for inference
     accumulation = _GLOBAL // _MICRO // dist.get_world_size()
+    recipe = Recipe(batch=BatchConfig(_GLOBAL, _MICRO))
     settings = {
         "train_micro_batch_size_per_gpu": _MICRO,
         "gradient_accumulation_steps": accumulation,
@@ -196,7 +204,9 @@ def _deepspeed(config: LlamaConfig) -> Callable[[Tensor], Tensor]:
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": 3, "contiguous_gradients": True, "overlap_comm": False},
+        # What is gathered when, and kept for how long, is the sharding: DeepSpeed's defaults keep all of a
+        # model of this size gathered after its first use, which is another amount of communication.
+        "zero_optimization": engine_settings(recipe, config, torch.device("cpu"))["zero_optimization"],
     }
     with deepspeed.zero.Init(config_dict_or_path=settings):
         model = LlamaForPretraining(config)

@@ -1,5 +1,6 @@
 """The LLaMA model: its sizes, and transformers' own modules with the pre-training loss on top."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,13 @@ def _config_from_file(path: Path) -> LlamaConfig:
 
 class LlamaForPretraining(LlamaForCausalLM):
     """transformers' LLaMA whose forward is the training loss; parameter names are those of the original."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        # torch gives the row of a padding token no gradient. Here nothing is padded with it, and in some
+        # models it ends a document. transformers would write to that row, too, of which ZeRO-3 has a shard.
+        unpadded = copy.deepcopy(config)
+        unpadded.pad_token_id = None
+        super().__init__(unpadded)
 
     def forward(self, inputs: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
         """Sum of the cross-entropy over the targets.

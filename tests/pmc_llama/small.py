@@ -29,6 +29,7 @@ def odd_config(tied: bool = False) -> LlamaConfig:
         num_hidden_layers=2,
         num_attention_heads=3,
         head_dim=8,
+        pad_token_id=2,
         tie_word_embeddings=tied,
     )
 

@@ -25,8 +25,10 @@ def test_7b_has_the_published_number_of_parameters() -> None:
 def test_the_loss_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pmc_llama.model, "LOSS_CHUNK", 7)  # several chunks, the last one shorter
     torch.manual_seed(0)
-    reference = LlamaForCausalLM(odd_config())
-    model = LlamaForPretraining(odd_config())
+    config = odd_config()
+    config.pad_token_id = None
+    reference = LlamaForCausalLM(config)
+    model = LlamaForPretraining(config)
     model.load_state_dict(reference.state_dict())
     tokens = torch.randint(0, 131, (3, 11))
     summed = model(tokens[:, :-1], tokens[:, 1:])
@@ -47,6 +49,15 @@ def test_masked_positions_carry_no_loss_and_no_gradient() -> None:
     assert torch.allclose(loss, expected)
     assert logits.grad is not None
     assert not logits.grad[labels == -100].any()
+
+
+def test_the_token_that_others_pad_with_is_trained_like_any_other() -> None:
+    config = odd_config()
+    assert config.pad_token_id == 2
+    model = LlamaForPretraining(config)
+    model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
+    assert model.model.embed_tokens.weight.grad[2].any()
+    assert config.pad_token_id == 2, "what is exported says it still"
 
 
 def test_rotary_frequencies_survive_a_cast_of_the_model() -> None:
