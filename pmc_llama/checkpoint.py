@@ -20,13 +20,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from data_tools.errors import UserError
 from data_tools.files import checksum, sync
+from pmc_llama.base_weights import Base
 from pmc_llama.checksummed_files import ChecksummedFiles
 from pmc_llama.checksummed_files import FileTable as FileTable
 from pmc_llama.progress import ByteProgress
 from pmc_llama.snapshot import local_bytes
 
-FORMAT = 1
-"""Of what is written; a change that older versions would misread raises it."""
+FORMAT = 2
+"""The newest that is read. 1: all weights; 2: adapters, and the base that they belong to."""
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
@@ -62,7 +63,7 @@ class Manifest:
         corpus: fingerprint of the corpus, or of a blend's first.
         versions: of the packages that wrote it.
         files: `bytes` and `xxh3_128` of every other file of the directory.
-        format: of the checkpoint, see `FORMAT`.
+        base: the frozen weights that the tensors are adapters of; None when they are all weights.
     """
 
     step: int
@@ -76,7 +77,12 @@ class Manifest:
     corpus: str
     versions: dict[str, str]
     files: FileTable
-    format: int = FORMAT
+    base: Base | None = None
+
+    @property
+    def format(self) -> int:
+        """Of the checkpoint, see `FORMAT`."""
+        return 2 if self.base else 1
 
 
 # --- writing ---------------------------------------------------------------------------------------------
@@ -170,7 +176,7 @@ def _progress(state: Mapping[str, Tensor], root: Path, group: dist.ProcessGroup)
 
 def _publish(aside: Path, root: Path, manifest: Manifest) -> Path:
     path = aside / MANIFEST
-    path.write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n")
+    path.write_text(json.dumps(_plain(manifest), indent=1, sort_keys=True) + "\n")
     sync(path)
     sync(aside)
     final = root / f"step-{manifest.step:08d}"
@@ -187,6 +193,13 @@ def _publish(aside: Path, root: Path, manifest: Manifest) -> Path:
     sync(root)
     shutil.rmtree(replaced, ignore_errors=True)
     return final
+
+
+def _plain(manifest: Manifest) -> dict[str, Any]:
+    values = asdict(manifest) | {"format": manifest.format}
+    if manifest.base is None:  # a key that versions of format 1 do not know
+        del values["base"]
+    return values
 
 
 def prune(root: Path, keep_last: int, keep_every: int) -> None:
@@ -261,8 +274,9 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     try:
         values = json.loads(path.read_text())
-        _check_format(directory, values.get("format", FORMAT), values.get("versions", {}))
-        manifest = Manifest(**values)
+        _check_format(directory, values.pop("format", 1), values.get("versions", {}))
+        base = values.pop("base", None)
+        manifest = Manifest(**values, base=base and Base(**base))
         _check_table(manifest.files)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
