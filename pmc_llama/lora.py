@@ -6,6 +6,7 @@ here alone.
 """
 
 import math
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -20,6 +21,21 @@ _BASE, _ADAPTER = ".base_layer", ".default"
 _IN_PEFT_FILES = "base_model.model."
 
 
+def peft_version() -> str:
+    """The version of PEFT, asked for before anything else is done with it.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return version("peft")
+    except PackageNotFoundError as error:
+        raise UserError(
+            "The recipe has lora, whose adapters are made by the package peft, which is not installed; "
+            "pip install 'pmc-llama[lora]', or set lora to null."
+        ) from error
+
+
 def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
     """Put adapters on a model in place; all other parameters are frozen.
 
@@ -29,17 +45,10 @@ def add_adapters(model: nn.Module, lora: LoraConfig) -> None:
     Args:
         model: transformers' LLaMA.
         lora: of the recipe.
-
-    Raises:
-        UserError: PEFT is not installed.
     """
-    try:
-        from peft import inject_adapter_in_model
-        from peft.tuners.lora import LoraLayer
-    except ImportError as error:
-        raise UserError(
-            f"Adapters are made by the package peft ({error}); pip install 'pmc-llama[lora]'."
-        ) from error
+    from peft import inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
     inject_adapter_in_model(peft_config(lora), model)
     for module in model.modules():
         if isinstance(module, LoraLayer):

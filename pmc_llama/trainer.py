@@ -22,6 +22,7 @@ from pmc_llama.dry_run import dry_run
 from pmc_llama.flops import model_flops_per_token, model_flops_utilization
 from pmc_llama.guards import Guard, check_skip_steps
 from pmc_llama.huggingface_tokenizer import check_tokenizer
+from pmc_llama.lora import peft_version
 from pmc_llama.metrics import Metrics, peak_memory
 from pmc_llama.profiling import StepProfiler
 from pmc_llama.provenance import describe_start
@@ -116,6 +117,8 @@ class Trainer:
         self.recipe, self.ranks, self.device, self.started = recipe, ranks, device, started
         used = ("pmc-llama", "torch", "transformers", *(["deepspeed"] * (recipe.backend == "deepspeed")))
         self.versions = {name: version(name) for name in used}
+        if recipe.lora:
+            self.versions["peft"] = peft_version()
         # What is said while starting goes over gloo: small Python objects, and never in the way of NCCL.
         self.group = dist.new_group(backend="gloo")
         self.sources, self.corpus = sources, sources[0].corpus
