@@ -26,8 +26,10 @@ from pmc_llama.checksummed_files import FileTable as FileTable
 from pmc_llama.progress import ByteProgress
 from pmc_llama.snapshot import local_bytes
 
-FORMAT = 2
-"""The newest that is read. 1: all weights; 2: adapters, and the base that they belong to."""
+ALL_WEIGHTS, ADAPTERS = 1, 2
+"""The formats: of all weights, and of adapters, which versions that know the first alone would misread."""
+FORMAT = ADAPTERS
+"""The newest that is read."""
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
@@ -64,6 +66,7 @@ class Manifest:
         versions: of the packages that wrote it.
         files: `bytes` and `xxh3_128` of every other file of the directory.
         base: the frozen weights that the tensors are adapters of; None when they are all weights.
+        format: of the checkpoint, see `FORMAT`.
     """
 
     step: int
@@ -78,11 +81,7 @@ class Manifest:
     versions: dict[str, str]
     files: FileTable
     base: Base | None = None
-
-    @property
-    def format(self) -> int:
-        """Of the checkpoint, see `FORMAT`."""
-        return 2 if self.base else 1
+    format: int = ALL_WEIGHTS
 
 
 # --- writing ---------------------------------------------------------------------------------------------
@@ -196,8 +195,8 @@ def _publish(aside: Path, root: Path, manifest: Manifest) -> Path:
 
 
 def _plain(manifest: Manifest) -> dict[str, Any]:
-    values = asdict(manifest) | {"format": manifest.format}
-    if manifest.base is None:  # a key that versions of format 1 do not know
+    values = asdict(manifest)
+    if manifest.format == ALL_WEIGHTS:  # whose first versions knew no such key
         del values["base"]
     return values
 
@@ -274,7 +273,7 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     try:
         values = json.loads(path.read_text())
-        _check_format(directory, values.pop("format", 1), values.get("versions", {}))
+        _check_format(directory, values.get("format", ALL_WEIGHTS), values.get("versions", {}))
         base = values.pop("base", None)
         manifest = Manifest(**values, base=base and Base(**base))
         _check_table(manifest.files)

@@ -40,7 +40,6 @@ CHECKS: dict[str, Check] = {
     "lora.rank": _ONE_OR_MORE,
     "lora.alpha": _ABOVE_ZERO,
     "lora.dropout": _DECAY,
-    "lora.targets": (lambda value: len(value) == len({*value}) > 0, "one or more different matrices"),
     "data.sequence_length": _ONE_OR_MORE,
     "batch.global_size": _ONE_OR_MORE,
     "batch.micro_size": _ONE_OR_MORE,
@@ -234,7 +233,15 @@ def check(recipe: Recipe) -> None:
             f"batch.global_size is {batch.global_size}, expected a multiple of batch.micro_size, "
             f"{batch.micro_size}"
         )
-    if recipe.lora and recipe.model.initialize_from is None:
+    if recipe.lora is None:
+        return
+    targets = recipe.lora.targets
+    if not targets or len(targets) > len({*targets}):
+        raise UserError(
+            f"lora.targets is [{', '.join(targets)}], expected one or more different ones of "
+            f"{', '.join(get_args(Projection))}"
+        )
+    if recipe.model.initialize_from is None:
         raise UserError(
             "model.initialize_from is null, expected the Hugging Face directory of the weights that the "
             "adapters of lora are put on; name it, or set lora to null."

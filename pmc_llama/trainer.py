@@ -372,6 +372,7 @@ class Trainer:
             versions=self.versions,
             files=files,
             base=self.base,
+            format=checkpoint.ADAPTERS if self.base else checkpoint.ALL_WEIGHTS,
         )
 
     # --- telling ---------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pmc_llama.config import OptimizerConfig
+from pmc_llama.config import OptimizerConfig, Recipe
 from pmc_llama.data import MicroBatch
 from pmc_llama.randomness import DROPOUT, random_bits
 
@@ -84,7 +84,7 @@ def model_arguments(batch: MicroBatch, device: torch.device) -> tuple[Tensor | N
 
 
 def seeded(
-    micro_batches: Sequence[MicroBatch], seed: int, updates: int, device: torch.device
+    micro_batches: Sequence[MicroBatch], recipe: Recipe, updates: Tensor, device: torch.device
 ) -> Iterator[MicroBatch]:
     """Each micro-batch in turn, with dropout's random numbers set for it; afterwards all is as it was before.
 
@@ -93,13 +93,16 @@ def seeded(
 
     Args:
         micro_batches: of this rank's step.
-        seed: of the recipe.
-        updates: made before this step.
+        recipe: of the run; without `lora` there is no dropout.
+        updates: made before this step, a whole number.
         device: whose generator draws.
     """
+    if recipe.lora is None:
+        yield from micro_batches
+        return
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for place, batch in enumerate(micro_batches):
-            torch.manual_seed(int(random_bits(seed, DROPOUT, updates, dist.get_rank(), place)))
+            torch.manual_seed(int(random_bits(recipe.seed, DROPOUT, int(updates), dist.get_rank(), place)))
             yield batch
 
 

@@ -50,7 +50,7 @@ def build(recipe: Recipe, config: LlamaConfig, device: torch.device) -> "DeepSpe
     optimizer = build_optimizer(model, recipe.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     rebuild_rotary(engine.module, config, device)
-    return DeepSpeedBackend(engine, recipe.seed, device)
+    return DeepSpeedBackend(engine, recipe, device)
 
 
 def check_sharding(sharding: ShardingConfig) -> None:
@@ -136,9 +136,9 @@ def _quiet_start() -> None:
 class DeepSpeedBackend:
     """See `pmc_llama.backends.base.Backend`."""
 
-    def __init__(self, engine: Any, seed: int, device: torch.device) -> None:
+    def __init__(self, engine: Any, recipe: Recipe, device: torch.device) -> None:
         self.engine = engine
-        self.seed = seed
+        self.recipe = recipe
         self.device = device
         self.zero = engine.optimizer  # the ZeRO-3 optimizer around torch.optim.AdamW
         self.steps = torch.zeros((), dtype=torch.int64)
@@ -157,7 +157,7 @@ class DeepSpeedBackend:
         scale = dist.get_world_size() / targets
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         depth = len(FWD_MODULE_STACK)
-        in_turn = seeded(micro_batches, self.seed, int(self.steps), self.device)
+        in_turn = seeded(micro_batches, self.recipe, self.steps, self.device)
         for number, batch in enumerate(in_turn, start=1):
             self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
             loss = self.engine(*model_arguments(batch, self.device))

@@ -124,7 +124,7 @@ class FsdpBackend:
         # Between forward and backward the module has whole parameters by these names; these are the shards.
         self.parameters = trained_parameters(model)
         self.frozen_parameters = frozen_parameters(model)
-        self.seed = recipe.seed
+        self.recipe = recipe
         # AdamW makes its moments at the first update; a checkpoint may be read before that.
         for parameter in self.parameters.values():
             self.optimizer.state[parameter] = {
@@ -139,7 +139,7 @@ class FsdpBackend:
         # fully_shard averages over the ranks; this makes the average the sum over all targets.
         scale = dist.get_world_size() / targets
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in seeded(micro_batches, self.seed, int(self.steps), self.device):
+        for batch in seeded(micro_batches, self.recipe, self.steps, self.device):
             loss = self.model(*model_arguments(batch, self.device))
             (loss * scale).backward()
             total += loss.detach()

@@ -81,7 +81,9 @@ def _save(backend: Backend, recipe: Recipe, root: Path, tokenizer: Path) -> None
     config = starting.model_config(recipe, VOCABULARY, None)
 
     def describe(files: Any) -> Manifest:
-        return bare_manifest(STEPS, files, recipe=plain(recipe), model_config=config.to_dict(), base=base)
+        return bare_manifest(
+            STEPS, files, recipe=plain(recipe), model_config=config.to_dict(), base=base, format=2
+        )
 
     checkpoint.save(backend.state(), root, describe, tokenizer, dist.group.WORLD)
 
@@ -371,6 +373,7 @@ def test_another_base_is_not_merged_and_full_weights_have_no_adapters_to_write(
         with pytest.raises(UserError, match=sentence):
             cli.export([str(source), str(tmp_path / "out")])
         assert not (tmp_path / "out").exists()
+    values = {**values, "format": 1}
     del values["base"]
     (source / "manifest.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match=r"holds all weights and no adapters, .* without --adapter"):
@@ -418,7 +421,7 @@ def test_a_recipe_switches_lora_on_changes_a_key_and_switches_it_off(tmp_path: P
             ["--lora.targets", "[q]"],
             r"option --lora\.targets is '\[q\]', expected a list of q_proj, k_proj",
         ),
-        ("lora: {targets: []}", [], r"lora\.targets is \[\], expected one or more different matrices"),
+        ("lora: {targets: []}", [], r"lora\.targets is \[\], expected one or more different ones of q_proj"),
         ("lora: {dropout: 1}", [], r"lora\.dropout is 1\.0, expected 0 or more and below 1"),
         (
             "lora: {}",
