@@ -150,7 +150,7 @@ def compare(arguments: Sequence[str]) -> None:
 
 
 def export(arguments: Sequence[str]) -> None:
-    """Write a checkpoint as a Hugging Face model: safetensors, configuration, tokenizer, model card."""
+    """Write a checkpoint as a Hugging Face model, or its adapters as PEFT has them."""
     parser = _Parser("pmc-llama export", description=_summary(export))
     parser.add_argument(
         "checkpoint",
@@ -161,12 +161,28 @@ def export(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "directory", type=Path, metavar="DIR", help="where the model goes; must not exist, or be empty"
     )
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="of the weights (default bf16, of adapters fp32)"
+    )
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write the adapters of a run with lora, as PEFT reads them (default: merge them)",
+    )
     options = parser.parse_args(arguments)
 
     from pmc_llama import huggingface
 
-    huggingface.export(_newest(options.checkpoint), options.directory, options.dtype)
+    if options.adapter:
+        from pmc_llama.peft_directory import export_adapters
+
+        dtype = huggingface.DTYPES[options.dtype or "fp32"]
+        export_adapters(_newest(options.checkpoint), options.directory, dtype)
+        print(
+            f"{options.directory} is ready for PeftModel.from_pretrained and `pmc-llama evaluate --adapter`"
+        )
+        return
+    huggingface.export(_newest(options.checkpoint), options.directory, options.dtype or "bf16")
     print(f"{options.directory} is ready for LlamaForCausalLM.from_pretrained and AutoTokenizer")
 
 
