@@ -74,8 +74,8 @@ def require_same(found: Base, expected: Base, checkpoint: Path) -> None:
     if found.fingerprint != expected.fingerprint:
         raise UserError(
             f"The adapters of {checkpoint} were trained on other weights than those in {found.path} now "
-            f"(fingerprint {found.fingerprint}, expected {expected.fingerprint}, which were in "
-            f"{expected.path}); name those in model.initialize_from."
+            f"(fingerprint {found.fingerprint}, expected {expected.fingerprint}); use those that were in "
+            f"{expected.path} then."
         )
 
 

@@ -41,7 +41,9 @@ def build(recipe: Recipe, config: LlamaConfig, device: torch.device) -> "FsdpBac
     with torch.device("meta"):
         model = LlamaForPretraining(config)
         if recipe.lora:
-            model.to(_DTYPES[recipe.precision.compute])  # frozen weights have no masters
+            # Frozen weights have no masters. A group of FSDP2 may hold them beside fp32 masters: only what is
+            # trained has to be of one dtype.
+            model.to(_DTYPES[recipe.precision.compute])
             add_adapters(model, recipe.lora)
     checkpoint_activations(model, sharding, reentrant=False)
     shard(model, recipe, build_mesh(sharding, device), device)
