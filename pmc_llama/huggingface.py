@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
-import yaml
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -31,6 +30,7 @@ from pmc_llama.checkpoint import MANIFEST, Manifest, find_tokenizer, verify
 from pmc_llama.huggingface_tokenizer import SpecialTokens, write_tokenizer
 from pmc_llama.merged_weights import open_weights
 from pmc_llama.model import check_buildable
+from pmc_llama.model_card import NOTHING_MORE, About, model_card
 from pmc_llama.progress import ByteProgress
 
 ExportDtype = Literal["bf16", "fp16", "fp32"]
@@ -191,6 +191,7 @@ def export(
     directory: Path,
     dtype: ExportDtype = "bf16",
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    about: About = NOTHING_MORE,
 ) -> None:
     """Write a checkpoint as a directory that transformers opens, without holding the model in memory.
 
@@ -203,6 +204,7 @@ def export(
         directory: where the model goes; it must not exist, or be empty.
         dtype: of the weights, rounded to nearest from the fp32 masters.
         max_shard_bytes: above which the weights are cut into several files; memory is that of one.
+        about: what the model card says beside what the checkpoint tells.
 
     Raises:
         UserError: the checkpoint is damaged, `directory` is in use, a weight does not fit `dtype`, the
@@ -211,7 +213,7 @@ def export(
     """
 
     def write(source: Path, manifest: Manifest, aside: Path, name: str) -> None:
-        _write_model(source, manifest, aside, name, dtype, max_shard_bytes)
+        _write_model(source, manifest, aside, name, dtype, max_shard_bytes, about)
 
     publish(checkpoint, directory, write)
 
@@ -266,12 +268,14 @@ def _write_model(
     name: str,
     dtype: ExportDtype,
     max_shard_bytes: int,
+    about: About,
 ) -> None:
     config = _llama_config(manifest.model_config, checkpoint / MANIFEST)
     special = write_tokenizer(find_tokenizer(checkpoint), directory, config.max_position_embeddings)
     _write_configs(config, special, directory, dtype)
     shapes = parameter_shapes(config)
-    (directory / "README.md").write_text(_model_card(name, manifest, shapes, dtype))
+    parameters = sum(shape.numel() for shape in shapes.values())
+    (directory / "README.md").write_text(model_card(name, manifest, parameters, dtype, about))
 
     empty = {key: torch.empty(shape, dtype=DTYPES[dtype], device="meta") for key, shape in shapes.items()}
     split = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_bytes)
@@ -323,60 +327,6 @@ def _write_configs(config: LlamaConfig, special: SpecialTokens, directory: Path,
     config.save_pretrained(directory)
     generation = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
     generation.save_pretrained(directory)
-
-
-def _model_card(name: str, manifest: Manifest, shapes: dict[str, torch.Size], dtype: ExportDtype) -> str:
-    parameters = sum(shape.numel() for shape in shapes.values())
-    base = manifest.recipe["model"]["initialize_from"]
-    versions = ", ".join(f"{package} {version}" for package, version in sorted(manifest.versions.items()))
-    licence = (
-        f"The weights continue those of `{base}` and stay under that model's licence."
-        if base
-        else "The weights were trained from random values and are under no other model's licence."
-    )
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-license: other
-tags: [llama, biomedical, pretraining]
----
-# {name}
-
-A LLaMA language model of {parameters:,} parameters ({dtype}), trained on biomedical papers with pmc-llama.
-
-| | |
-|---|---|
-| base model | {base or "none (random first weights)"} |
-| optimizer steps | {manifest.step:,} |
-| sequences seen | {manifest.samples:,} |
-| tokens seen | {manifest.tokens:,} (positions, padding included) |
-| corpus fingerprint | `{manifest.corpus}` |
-| sharding backend | {manifest.recipe["backend"]} |
-| versions | {versions} |
-
-## Intended use
-
-Research on biomedical text, and a starting point for fine-tuning. It is a base model: it continues text and
-has not been taught to follow instructions. It makes mistakes with confidence, may repeat errors and personal
-data of its sources, and has not been tested for safety. Do not use it for medical advice or clinical
-decisions.
-
-## Tokenizer
-
-`AutoTokenizer` gives exactly the ids that the model was trained on. Characters such as `</s>` or
-`<|endoftext|>` in a text are text; pass `split_special_tokens=False` to have them read as control tokens.
-
-## Licence
-
-{licence}
-The papers of the corpus have licences of their own.
-
-## Recipe
-
-```yaml
-{yaml.safe_dump(manifest.recipe, sort_keys=False).rstrip()}
-```
-"""
 
 
 class _CountingPlanner(DefaultLoadPlanner):
