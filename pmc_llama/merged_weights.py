@@ -1,5 +1,6 @@
 """The whole model that a checkpoint stands for, read tensor by tensor; adapters are merged on the way."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -51,7 +52,9 @@ def read_adapters(checkpoint: Path) -> dict[str, Tensor]:
         for name, entry in stored.items()
         if name.startswith(_PREFIX)
     }
-    dcp.load(adapters, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(adapters, storage_reader=reader, no_dist=True)
     return {name.removeprefix(_PREFIX): tensor for name, tensor in adapters.items()}
 
 
