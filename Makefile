@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow test-cluster lint bench clean
+.PHONY: demo demo-finetune test test-slow test-cluster lint bench clean
 
 demo: $(READY)
-	$(BIN)/python launch/demo.py
+	$(BIN)/python -m launch.demo
+
+demo-finetune: $(READY)
+	$(BIN)/python -m launch.demo_finetune
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -29,7 +32,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/sample_order.py
 
 clean:
-	rm -rf .venv demo-output
+	rm -rf .venv demo-output demo-finetune-output
 
 # torch comes first and with what it needs (on a GPU machine: CUDA's libraries); everything else comes exactly
 # as locked. DeepSpeed is built from source against that torch, without compiling kernels ahead of time.

@@ -71,7 +71,7 @@ def add_arguments(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         help="train on the answer and EOS, or on the prompt, too (default answer)",
     )
     command.add_argument(
-        "--show",
+        "--show-prompt",
         nargs="?",
         type=int,
         const=0,
@@ -97,10 +97,10 @@ def _run(options: argparse.Namespace) -> None:
         options.overlong,
         options.loss,
     )
-    if options.output is None and options.show is None:
-        raise UserError("Give --output, where the corpus goes, or --show to look at a prompt.")
-    if options.show is not None:
-        _show(options.questions, options.tokenizer, options.show, recipe, Console())
+    if options.output is None and options.show_prompt is None:
+        raise UserError("Give --output, where the corpus goes, or --show-prompt to look at a prompt.")
+    if options.show_prompt is not None:
+        _show(options.questions, options.tokenizer, options.show_prompt, recipe, Console())
     if options.output is not None:
         made = make_prompts(options.questions, options.tokenizer, options.output, recipe)
         _tell(made, options.output, Console())
@@ -110,13 +110,17 @@ def _tell(made: "Manifest", output: Path, console: "Console") -> None:
     """Print what was made, and how many questions there were to make it of."""
     from data_tools import show
 
-    show.result(made, output, console)
-    splits = json.loads((output / "prompts.json").read_bytes())["splits"]
-    for split, counts in splits.items():
+    show.result(made, output, console, records="questions")
+    prompts = json.loads((output / "prompts.json").read_bytes())
+    for split, counts in prompts["splits"].items():
         console.print(
             f"{split}: {counts['documents']:,} of {counts['questions']:,} questions, "
             f"{counts['context_cut']:,} with a shortened context",
             highlight=False,
+        )
+    if "medmcqa" in prompts["recipe"]["sets"] and prompts["splits"]["dev"]["documents"]:
+        console.print(
+            "MedMCQA's dev split is held out, and is what the paper tests on: choose nothing by its loss."
         )
 
 

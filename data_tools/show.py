@@ -23,9 +23,9 @@ _BAR = 24  # characters
 _BESIDE_NAMES = 60  # characters of a line: papers in millions, tokens in tens of billions, a bar, and borders
 
 
-def result(manifest: Manifest, directory: Path, console: Console) -> None:
-    """Print what a build made."""
-    console.print(_counts_table(manifest.counts))
+def result(manifest: Manifest, directory: Path, console: Console, records: str = "papers") -> None:
+    """Print what a build made of its records, which are papers or questions."""
+    console.print(_counts_table(manifest.counts, records))
     console.print(_splits_table({name: (s.documents, s.tokens) for name, s in manifest.splits.items()}))
     console.print(
         f"The corpus is in {directory}; look at it with: pmc-data inspect {directory}",
@@ -79,8 +79,8 @@ def verified(found: Verified, console: Console) -> None:
     )
 
 
-def _counts_table(counts: Counts) -> Table:
-    table = _table("Read and left out", "papers", "count")
+def _counts_table(counts: Counts, records: str) -> Table:
+    table = _table("Read and left out", records, "count")
     table.add_row("read", f"{counts.read:,}")
     for reason, number in sorted(counts.left_out.items()):
         table.add_row(f"left out: {reason}", f"{number:,}")

@@ -3,34 +3,28 @@
 Every stage is a command that a user would type; this file only types them in order and checks what came out.
 """
 
-import os
-import shlex
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch.nn import functional
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
 from data_tools.corpus import Corpus
+from launch.typed import RANKS, console, on_ranks, run, stage
 from pmc_llama.checkpoint import list_checkpoints, read_manifest
 from pmc_llama.data import heldout_batches
 from pmc_llama.metrics import read_metrics
 
 OUTPUT = Path("demo-output")
 RECIPE = "recipes/demo.yaml"
-RANKS = min(2, torch.cuda.device_count()) or 2  # NCCL wants a GPU for each rank
 MORE_STEPS = 12
 # Relative. The export computes with the trainer's bf16 weights, so only the order of sums may differ; a dozen
 # more steps change the loss by far more.
 TOLERANCE = 1e-4
-
-console = Console(highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -56,31 +50,12 @@ def main() -> None:
     show_result(trained_on, reloaded, time.monotonic() - begin)
 
 
-def stage(title: str) -> None:
-    """Head the next part of the log."""
-    console.rule(f"[bold]{title}")
-
-
-def run(program: str, *arguments: str) -> None:
-    """Run a command of this interpreter's environment; a failure ends the demo with its status."""
-    console.print(f"[bold green]$[/] {shlex.join([program, *arguments])}")
-    command = [str(Path(sys.executable).parent / program), *arguments]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # a core for each rank; torchrun warns without it
-    status = subprocess.run(command, check=False, env=environment).returncode
-    if status:
-        console.print(f"[red]the demo stops: the command above ended with status {status}")
-        sys.exit(status)
-
-
 def go_on_under_fsdp() -> float:
     """Train a few more steps from the last ZeRO-3 checkpoint; the trainer's last held-out loss."""
     source = list_checkpoints(OUTPUT / "compare" / "deepspeed" / "checkpoints")[-1]
     steps = int(source.name.removeprefix("step-")) + MORE_STEPS
-    run(
-        *("torchrun", "--standalone", "--nproc-per-node", str(RANKS), "--module", "pmc_llama.cli"),
-        *("train", RECIPE, "--backend", "fsdp", "--output", f"{OUTPUT}/continued"),
-        *("--resume", str(source), "--schedule.steps", str(steps)),
-    )
+    train = ("train", RECIPE, "--backend", "fsdp", "--output", f"{OUTPUT}/continued")
+    run(*on_ranks(*train, "--resume", str(source), "--schedule.steps", str(steps)))
     loss: float = read_metrics(OUTPUT / "continued" / "metrics.jsonl")[-1]["heldout_loss"]
     return loss
 

@@ -20,13 +20,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from data_tools.errors import UserError
 from data_tools.files import checksum, sync
+from pmc_llama.base_weights import Base
 from pmc_llama.checksummed_files import ChecksummedFiles
 from pmc_llama.checksummed_files import FileTable as FileTable
 from pmc_llama.progress import ByteProgress
 from pmc_llama.snapshot import local_bytes
 
-FORMAT = 1
-"""Of what is written; a change that older versions would misread raises it."""
+ALL_WEIGHTS, ADAPTERS = 1, 2
+"""The formats: of all weights, and of adapters, which versions that know the first alone would misread."""
+FORMAT = ADAPTERS
+"""The newest that is read."""
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
@@ -62,6 +65,7 @@ class Manifest:
         corpus: fingerprint of the corpus, or of a blend's first.
         versions: of the packages that wrote it.
         files: `bytes` and `xxh3_128` of every other file of the directory.
+        base: the frozen weights that the tensors are adapters of; None when they are all weights.
         format: of the checkpoint, see `FORMAT`.
     """
 
@@ -76,7 +80,8 @@ class Manifest:
     corpus: str
     versions: dict[str, str]
     files: FileTable
-    format: int = FORMAT
+    base: Base | None = None
+    format: int = ALL_WEIGHTS
 
 
 # --- writing ---------------------------------------------------------------------------------------------
@@ -170,7 +175,7 @@ def _progress(state: Mapping[str, Tensor], root: Path, group: dist.ProcessGroup)
 
 def _publish(aside: Path, root: Path, manifest: Manifest) -> Path:
     path = aside / MANIFEST
-    path.write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n")
+    path.write_text(json.dumps(_plain(manifest), indent=1, sort_keys=True) + "\n")
     sync(path)
     sync(aside)
     final = root / f"step-{manifest.step:08d}"
@@ -187,6 +192,13 @@ def _publish(aside: Path, root: Path, manifest: Manifest) -> Path:
     sync(root)
     shutil.rmtree(replaced, ignore_errors=True)
     return final
+
+
+def _plain(manifest: Manifest) -> dict[str, Any]:
+    values = asdict(manifest)
+    if manifest.format == ALL_WEIGHTS:  # whose first versions knew no such key
+        del values["base"]
+    return values
 
 
 def prune(root: Path, keep_last: int, keep_every: int) -> None:
@@ -261,8 +273,9 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     try:
         values = json.loads(path.read_text())
-        _check_format(directory, values.get("format", FORMAT), values.get("versions", {}))
-        manifest = Manifest(**values)
+        _check_format(directory, values.get("format", ALL_WEIGHTS), values.get("versions", {}))
+        base = values.pop("base", None)
+        manifest = Manifest(**values, base=base and Base(**base))
         _check_table(manifest.files)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(

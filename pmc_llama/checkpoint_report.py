@@ -33,6 +33,7 @@ def describe(path: Path, manifest: Manifest) -> str:
         "step": f"{manifest.step:,}" + (f", {skipped:,} of them without an update" if skipped else ""),
         "samples": f"{manifest.samples:,} sequences, {manifest.tokens:,} tokens",
         "model": _model(manifest.model_config),
+        **_adapters(manifest),
         "corpus": manifest.corpus,
         **_data(manifest.data),
         **_recipe(manifest.recipe),
@@ -50,6 +51,16 @@ def _model(values: dict[str, Any]) -> str:
     return f"{parameters:,} parameters; " + ", ".join(
         f"{key} {values[key]}" for key in _SHAPE if key in values
     )
+
+
+def _adapters(manifest: Manifest) -> dict[str, str]:
+    if manifest.base is None:
+        return {}
+    lora = manifest.recipe["lora"]
+    return {
+        "adapters": f"rank {lora['rank']}, alpha {lora['alpha']:g}, of {', '.join(lora['targets'])}",
+        "belong to": f"{manifest.base.path}, fingerprint {manifest.base.fingerprint}",
+    }
 
 
 def _data(data: dict[str, Any]) -> dict[str, str]:

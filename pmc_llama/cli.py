@@ -16,6 +16,7 @@ from typing import NoReturn, get_args
 import yaml
 
 from data_tools.errors import UserError
+from pmc_llama.arguments import Parser
 from pmc_llama.config import BackendName, plain
 
 USAGE = "usage: pmc-llama [-h] COMMAND ..."
@@ -150,8 +151,8 @@ def compare(arguments: Sequence[str]) -> None:
 
 
 def export(arguments: Sequence[str]) -> None:
-    """Write a checkpoint as a Hugging Face model: safetensors, configuration, tokenizer, model card."""
-    parser = _Parser("pmc-llama export", description=_summary(export))
+    """Write a checkpoint as a Hugging Face model, or its adapters as PEFT has them."""
+    parser = Parser("pmc-llama export", description=_summary(export))
     parser.add_argument(
         "checkpoint",
         type=Path,
@@ -161,18 +162,69 @@ def export(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "directory", type=Path, metavar="DIR", help="where the model goes; must not exist, or be empty"
     )
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="of the weights (default bf16, of adapters fp32)"
+    )
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write the adapters of a run with lora, as PEFT reads them (default: merge them)",
+    )
+    _add_publishing(parser.add_argument_group("publishing"))
     options = parser.parse_args(arguments)
+    if options.push_to_hub and not options.license:
+        raise UserError("--push-to-hub needs --license: whoever publishes a model says under which licence.")
 
     from pmc_llama import huggingface
+    from pmc_llama.model_card import About
 
-    huggingface.export(_newest(options.checkpoint), options.directory, options.dtype)
-    print(f"{options.directory} is ready for LlamaForCausalLM.from_pretrained and AutoTokenizer")
+    about = About(options.license, tuple(options.results))
+
+    source = _newest(options.checkpoint)
+    if options.adapter:
+        from pmc_llama.peft_directory import export_adapters
+
+        export_adapters(source, options.directory, options.dtype or "fp32", about)
+        ready = "PeftModel.from_pretrained and `pmc-llama evaluate --adapter`"
+    else:
+        huggingface.export(source, options.directory, options.dtype or "bf16", about=about)
+        ready = "LlamaForCausalLM.from_pretrained and AutoTokenizer"
+    print(f"{options.directory} is ready for {ready}")
+    if options.push_to_hub:
+        from pmc_llama import hub
+
+        if options.dry_run:
+            print(hub.listing(options.directory, options.push_to_hub))
+        else:
+            print(hub.upload(options.directory, options.push_to_hub, options.private))
+
+
+def _add_publishing(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--push-to-hub", metavar="OWNER/NAME", help="upload DIR to the Hugging Face Hub once it is written"
+    )
+    group.add_argument("--private", action="store_true", help="make the repository a private one")
+    group.add_argument(
+        "--dry-run", action="store_true", help="write DIR, and only list what would be uploaded"
+    )
+    group.add_argument(
+        "--license",
+        metavar="ID",
+        help="for the model card: a licence of the Hub, such as apache-2.0 or llama2",
+    )
+    group.add_argument(
+        "--results",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="for the model card: what `pmc-llama evaluate --output` wrote of this model",
+    )
 
 
 def checkpoint(arguments: Sequence[str]) -> None:
     """List, verify or inspect checkpoints: progress and size, every checksum, all that is known of them."""
-    parser = _Parser("pmc-llama checkpoint", description=_summary(checkpoint))
+    parser = Parser("pmc-llama checkpoint", description=_summary(checkpoint))
     parser.add_argument("action", choices=("list", "verify", "inspect"), help="what to do")
     parser.add_argument(
         "directory", type=Path, metavar="DIR", help="output directory of a run, or one checkpoint"
@@ -244,13 +296,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
 }
 WITH_RANKS = ("preflight", "train", "evaluate")
 """Commands that a launcher starts as several ranks, of which one shall speak."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are `UserError`s."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def _checkpoints(directory: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from transformers import LlamaConfig
 
 from data_tools.corpus import Corpus
 from data_tools.errors import UserError
+from pmc_llama.checkpoint import Manifest
 from pmc_llama.config import Recipe
 
 _SHAPE_KEYS = (
@@ -57,3 +58,45 @@ def check_shape(recipe: Recipe, config: LlamaConfig, other: LlamaConfig, where: 
                 f"The weights in {where} have {key} {theirs}, but the recipe's model (model.size "
                 f"{recipe.model.size}) has {ours}; name the size that those weights have."
             )
+
+
+def check_adapters(recipe: Recipe, manifest: Manifest, where: Path) -> None:
+    """A checkpoint that is resumed trained what the recipe trains: all weights, or the same adapters.
+
+    Args:
+        recipe: the run's.
+        manifest: of the checkpoint.
+        where: it is; told to the user.
+
+    Raises:
+        UserError: it did not.
+    """
+    if manifest.base is None:
+        if recipe.lora:
+            raise UserError(
+                f"{where} holds all weights and no adapters, but the recipe has lora; export it and name the "
+                "export in model.initialize_from of a new run, or set lora to null."
+            )
+        return
+    theirs = manifest.recipe["lora"]
+    if recipe.lora is None:
+        raise UserError(
+            f"{where} holds adapters alone (lora.rank {theirs['rank']}), but the recipe has no lora; give it "
+            "the checkpoint's, or export and name the export in model.initialize_from of a new run."
+        )
+    # Dropout may change: it is no part of the function.
+    for key, ours in (
+        ("rank", recipe.lora.rank),
+        ("alpha", recipe.lora.alpha),
+        ("targets", sorted(recipe.lora.targets)),
+    ):
+        found = sorted(theirs[key]) if key == "targets" else theirs[key]
+        if found != ours:
+            raise UserError(
+                f"lora.{key} is {_words(ours)}, but the adapters in {where} have {_words(found)}; set it to "
+                "that."
+            )
+
+
+def _words(value: object) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 BackendName = Literal["deepspeed", "fsdp"]
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""The matrices of a decoder layer, by the names that transformers gives them."""
 
 
 @dataclass
@@ -27,6 +29,26 @@ class ModelConfig:
     size: str = "7b"
     initialize_from: Path | None = None
     vocab_size: int | None = None
+
+
+@dataclass
+class LoraConfig:
+    """Train low-rank adapters beside frozen matrices (Hu et al. 2021, arXiv 2106.09685), made by PEFT.
+
+    The frozen weights are those of `model.initialize_from`, in `precision.compute`; checkpoints hold the
+    adapters alone.
+
+    Args:
+        rank: of the product that is added to a matrix.
+        alpha: the product is multiplied by `alpha` / `rank`.
+        dropout: part of an adapter's inputs that is zero in training, drawn anew for every micro-batch.
+        targets: the matrices that get an adapter, in every decoder layer.
+    """
+
+    rank: int = 8
+    alpha: float = 32.0
+    dropout: float = 0.1
+    targets: list[Projection] = field(default_factory=lambda: ["q_proj", "v_proj"])
 
 
 @dataclass
@@ -268,6 +290,7 @@ class Recipe:
         backend: what shards the model: DeepSpeed ZeRO-3, or FSDP2 (`torch.distributed.fsdp.fully_shard`).
         seed: decides the random first weights and the sample order.
         model: which model.
+        lora: train adapters in place of all weights, see `--lora.help`; null trains all weights.
         data: which tokens.
         batch: how many sequences a step takes.
         schedule: how long and with which learning rate.
@@ -287,6 +310,7 @@ class Recipe:
     backend: BackendName = "deepspeed"
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

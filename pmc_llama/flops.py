@@ -3,6 +3,9 @@
 import torch
 from transformers import LlamaConfig
 
+from pmc_llama.config import LoraConfig
+from pmc_llama.lora import adapter_parameters
+
 # Dense bf16 FLOP/s of a device by the name that torch gives it. From the makers' data sheets: NVIDIA A100
 # (nvidia.com/en-us/data-center/a100), H100 (.../h100: SXM 1,979, NVL 1,671; the PCIe card 1,513 in its own
 # sheet), H200 (.../h200: SXM 1,979, NVL 1,671), GH200 (1,979), HGX B200 (36 PFLOP/s of eight) and L40S (733
@@ -28,7 +31,7 @@ PEAK_FLOPS = {
 }
 
 
-def model_flops_per_token(config: LlamaConfig, sequence_length: int) -> int:
+def model_flops_per_token(config: LlamaConfig, sequence_length: int, lora: LoraConfig | None = None) -> int:
     """Floating-point operations that training a token takes, forward and backward: 6 N + 12 L H Q T.
 
     Chowdhery et al., "PaLM" (arXiv 2204.02311), appendix B. N counts every weight but the input
@@ -37,6 +40,9 @@ def model_flops_per_token(config: LlamaConfig, sequence_length: int) -> int:
     counts as two, backward as twice the forward. Recomputed activations and the optimizer are not counted;
     attention is counted as if every token attended to all T, as in the paper, so neither causality nor
     document isolation lowers the count, and padding counts as tokens do.
+
+    With adapters it is 4 N + 6 A + 12 L H Q T, of A weights in adapters: a frozen weight takes 2 forward and
+    2 for the gradient of its input, and none for a gradient of its own.
     """
     hidden, layers = config.hidden_size, config.num_hidden_layers
     heads, head_dim = config.num_attention_heads, config.head_dim
@@ -46,7 +52,9 @@ def model_flops_per_token(config: LlamaConfig, sequence_length: int) -> int:
     norms = 2 * hidden
     weights = layers * (query_and_output + key_and_value + feed_forward + norms)
     weights += hidden + config.vocab_size * hidden  # the last norm and the output head
-    flops: int = 6 * weights + 12 * layers * heads * head_dim * sequence_length
+    per_weight = 4 if lora else 6
+    adapters = adapter_parameters(config, lora) if lora else 0
+    flops: int = per_weight * weights + 6 * adapters + 12 * layers * heads * head_dim * sequence_length
     return flops
 
 

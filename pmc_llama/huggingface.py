@@ -9,12 +9,12 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
-import yaml
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -28,7 +28,9 @@ from data_tools.errors import UserError
 from data_tools.files import sync
 from pmc_llama.checkpoint import MANIFEST, Manifest, find_tokenizer, verify
 from pmc_llama.huggingface_tokenizer import SpecialTokens, write_tokenizer
+from pmc_llama.merged_weights import open_weights
 from pmc_llama.model import check_buildable
+from pmc_llama.model_card import NOTHING_MORE, About, model_card
 from pmc_llama.progress import ByteProgress
 
 ExportDtype = Literal["bf16", "fp16", "fp32"]
@@ -179,36 +181,58 @@ def _check_files(path: Path) -> None:
 # --- out -------------------------------------------------------------------------------------------------
 
 
+Writer = Callable[[Path, Manifest, Path, str], None]
+"""Writes what a checkpoint is exported as: takes a sound one, its manifest, an empty directory, and the name
+that this will have."""
+
+
 def export(
     checkpoint: Path,
     directory: Path,
     dtype: ExportDtype = "bf16",
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    about: About = NOTHING_MORE,
 ) -> None:
     """Write a checkpoint as a directory that transformers opens, without holding the model in memory.
 
     The result has the weights as safetensors, configuration, generation configuration, tokenizer and a model
-    card. It appears under its name only when it is complete.
+    card. It appears under its name only when it is complete. Adapters are merged into the weights that they
+    belong to.
 
     Args:
         checkpoint: a published checkpoint.
         directory: where the model goes; it must not exist, or be empty.
         dtype: of the weights, rounded to nearest from the fp32 masters.
         max_shard_bytes: above which the weights are cut into several files; memory is that of one.
+        about: what the model card says beside what the checkpoint tells.
 
     Raises:
         UserError: the checkpoint is damaged, `directory` is in use, a weight does not fit `dtype`, the
-            tokenizer cannot be expressed exactly, or the disk refuses.
+            tokenizer cannot be expressed exactly, the weights that adapters belong to are not there, or the
+            disk refuses.
+    """
+
+    def write(source: Path, manifest: Manifest, aside: Path, name: str) -> None:
+        _write_model(source, manifest, aside, name, dtype, max_shard_bytes, about)
+
+    publish(checkpoint, directory, write)
+
+
+def publish(checkpoint: Path, directory: Path, write: Writer) -> None:
+    """Check a checkpoint, have it written aside, and give that its name once it is on disk.
+
+    Raises:
+        UserError: the checkpoint is damaged, `directory` is there and not empty, or the disk refuses.
     """
     try:
-        _export(checkpoint, directory.resolve(), dtype, max_shard_bytes)
+        _publish(checkpoint, directory.resolve(), write)
     except (OSError, SafetensorError) as error:
         full = os.strerror(errno.ENOSPC) in str(error)  # safetensors gives no number
         advice = "make room, then export again" if full else "mend that or choose another directory"
         raise UserError(f"{checkpoint} cannot be exported to {directory}: {error}; {advice}") from error
 
 
-def _export(checkpoint: Path, directory: Path, dtype: ExportDtype, max_shard_bytes: int) -> None:
+def _publish(checkpoint: Path, directory: Path, write: Writer) -> None:
     empty = directory.is_dir() and all(path.name == _PARTIAL for path in directory.iterdir())
     if directory.exists() and not empty:
         raise UserError(
@@ -220,7 +244,7 @@ def _export(checkpoint: Path, directory: Path, dtype: ExportDtype, max_shard_byt
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         manifest = verify(checkpoint)
-        _write(checkpoint, manifest, aside, directory.name, dtype, max_shard_bytes)
+        write(checkpoint, manifest, aside, directory.name)
         _synchronize(aside)
         if empty:
             _move_files(aside, directory)
@@ -237,39 +261,45 @@ def _move_files(source: Path, target: Path) -> None:
     sync(target)
 
 
-def _write(
+def _write_model(
     checkpoint: Path,
     manifest: Manifest,
     directory: Path,
     name: str,
     dtype: ExportDtype,
     max_shard_bytes: int,
+    about: About,
 ) -> None:
     config = _llama_config(manifest.model_config, checkpoint / MANIFEST)
     special = write_tokenizer(find_tokenizer(checkpoint), directory, config.max_position_embeddings)
     _write_configs(config, special, directory, dtype)
     shapes = parameter_shapes(config)
-    (directory / "README.md").write_text(_model_card(name, manifest, shapes, dtype))
+    parameters = sum(shape.numel() for shape in shapes.values())
+    (directory / "README.md").write_text(model_card(name, manifest, parameters, dtype, about))
 
     empty = {key: torch.empty(shape, dtype=DTYPES[dtype], device="meta") for key, shape in shapes.items()}
     split = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_bytes)
     planner = _CountingPlanner(ByteProgress("export", split.metadata["total_size"]))
+    reader, prefix = open_weights(checkpoint, manifest)
     for file, names in split.filename_to_tensors.items():
-        tensors = _load(checkpoint, {key: empty[key] for key in names}, planner)
+        wanted = {f"{prefix}{key}": torch.empty_like(empty[key], device="cpu") for key in names}
+        _load(wanted, checkpoint, reader, planner)
+        tensors = {key.removeprefix(prefix): tensor for key, tensor in wanted.items()}
         save_file(tensors, directory / file, metadata={"format": "pt"})
         shutil.copymode(directory / CONFIG, directory / file)  # safetensors lets nobody else read it
     if split.is_sharded:
         _write_index(split, directory)
 
 
-def _load(checkpoint: Path, empty: dict[str, Tensor], planner: DefaultLoadPlanner) -> dict[str, Tensor]:
-    """Those tensors of a checkpoint, in CPU memory and in the dtype of `empty`."""
-    tensors = {f"model.{name}": torch.empty_like(tensor, device="cpu") for name, tensor in empty.items()}
+def _load(
+    tensors: dict[str, Tensor], checkpoint: Path, reader: StorageReader, planner: DefaultLoadPlanner
+) -> None:
+    """Fill tensors in CPU memory from what a checkpoint stands for, rounded to their dtype."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         # Copying an fp32 piece into a tensor of another dtype rounds it, so no fp32 copy is ever whole.
         try:
-            dcp.load(tensors, checkpoint_id=checkpoint, planner=planner, no_dist=True)
+            dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=True)
         except CheckpointException as error:
             cause, _ = next(iter(error.failures.values()))
             if not isinstance(cause, Exception):
@@ -281,7 +311,6 @@ def _load(checkpoint: Path, empty: dict[str, Tensor], planner: DefaultLoadPlanne
     for name, tensor in tensors.items():
         if tensor.dtype == torch.float16 and not tensor.isfinite().all():
             raise UserError(f"{name} has values beyond the range of fp16; export with --dtype bf16")
-    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
 def _write_index(split: StateDictSplit, directory: Path) -> None:
@@ -298,60 +327,6 @@ def _write_configs(config: LlamaConfig, special: SpecialTokens, directory: Path,
     config.save_pretrained(directory)
     generation = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
     generation.save_pretrained(directory)
-
-
-def _model_card(name: str, manifest: Manifest, shapes: dict[str, torch.Size], dtype: ExportDtype) -> str:
-    parameters = sum(shape.numel() for shape in shapes.values())
-    base = manifest.recipe["model"]["initialize_from"]
-    versions = ", ".join(f"{package} {version}" for package, version in sorted(manifest.versions.items()))
-    licence = (
-        f"The weights continue those of `{base}` and stay under that model's licence."
-        if base
-        else "The weights were trained from random values and are under no other model's licence."
-    )
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-license: other
-tags: [llama, biomedical, pretraining]
----
-# {name}
-
-A LLaMA language model of {parameters:,} parameters ({dtype}), trained on biomedical papers with pmc-llama.
-
-| | |
-|---|---|
-| base model | {base or "none (random first weights)"} |
-| optimizer steps | {manifest.step:,} |
-| sequences seen | {manifest.samples:,} |
-| tokens seen | {manifest.tokens:,} (positions, padding included) |
-| corpus fingerprint | `{manifest.corpus}` |
-| sharding backend | {manifest.recipe["backend"]} |
-| versions | {versions} |
-
-## Intended use
-
-Research on biomedical text, and a starting point for fine-tuning. It is a base model: it continues text and
-has not been taught to follow instructions. It makes mistakes with confidence, may repeat errors and personal
-data of its sources, and has not been tested for safety. Do not use it for medical advice or clinical
-decisions.
-
-## Tokenizer
-
-`AutoTokenizer` gives exactly the ids that the model was trained on. Characters such as `</s>` or
-`<|endoftext|>` in a text are text; pass `split_special_tokens=False` to have them read as control tokens.
-
-## Licence
-
-{licence}
-The papers of the corpus have licences of their own.
-
-## Recipe
-
-```yaml
-{yaml.safe_dump(manifest.recipe, sort_keys=False).rstrip()}
-```
-"""
 
 
 class _CountingPlanner(DefaultLoadPlanner):

@@ -58,10 +58,11 @@ class RandomWeights(StorageReader):
             return torch.ones(self.shapes[name])
         if name.endswith(".bias"):
             return torch.zeros(self.shapes[name])
-        generator = torch.Generator().manual_seed(
-            xxhash.xxh3_64_intdigest(f"{self.seed}/{name}".encode()) >> 1
-        )
-        return torch.empty(self.shapes[name]).normal_(0.0, self.std, generator=generator)
+        return torch.empty(self.shapes[name]).normal_(0.0, self.std, generator=self.generator(name))
+
+    def generator(self, name: str) -> torch.Generator:
+        """Random numbers for the tensor called `name`, the same at every call."""
+        return torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(f"{self.seed}/{name}".encode()) >> 1)
 
     def _fill(self, planner: LoadPlanner, item: ReadItem, weights: Tensor) -> None:
         for dimension, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):

@@ -7,7 +7,7 @@ IntArray = NDArray[np.int64]
 BitArray = NDArray[np.uint64]
 
 # What a random number is for; distinct purposes have independent numbers.
-ORDER, PLACE, OFFSET, REST = 0, 1, 2, 3
+ORDER, PLACE, OFFSET, REST, DROPOUT = 0, 1, 2, 3, 4
 
 _FEISTEL_ROUNDS = 10
 

@@ -21,7 +21,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from data_tools.errors import UserError
-from pmc_llama.config import CorpusConfig, Recipe
+from pmc_llama.config import CorpusConfig, Projection, Recipe
 
 Check = tuple[Callable[[Any], bool], str]
 
@@ -37,6 +37,9 @@ _SEED: Check = (lambda value: 0 <= value < 2**63, "0 or more and below 2^63")  #
 CHECKS: dict[str, Check] = {
     "seed": _SEED,
     "model.vocab_size": _ONE_OR_MORE,
+    "lora.rank": _ONE_OR_MORE,
+    "lora.alpha": _ABOVE_ZERO,
+    "lora.dropout": _DECAY,
     "data.sequence_length": _ONE_OR_MORE,
     "batch.global_size": _ONE_OR_MORE,
     "batch.micro_size": _ONE_OR_MORE,
@@ -79,6 +82,7 @@ _KINDS = {
     types.NoneType: "null",
     list[tuple[int, int]]: "a list of [first, last] pairs of whole numbers",
     list[CorpusConfig]: "a list of corpora, each with a path and a weight",
+    list[Projection]: f"a list of {', '.join(get_args(Projection))}",
 }
 
 
@@ -125,7 +129,9 @@ class RecipeParser:
         self._parser.add_argument("RECIPE", help="recipe file (YAML); options change single values of it")
         self._parser.add_class_arguments(Recipe)
         for action in self._parser._actions:
-            if action.dest in SECTIONS:  # a whole section in one option: not something to type
+            if (
+                action.dest in SECTIONS - OPTIONAL_SECTIONS
+            ):  # a whole section in one option: not something to type
                 action.help = argparse.SUPPRESS
 
     def add_argument(self, *names: str, **settings: Any) -> None:
@@ -146,6 +152,12 @@ class RecipeParser:
         """
         self._check_options(arguments)
         self._in_options = _given(arguments)
+        for section in OPTIONAL_SECTIONS & self._in_options.keys():
+            if (value := self._in_options[section]) != "null":
+                raise UserError(
+                    f"option --{section} is {value!r}, expected null; its keys are "
+                    f"{', '.join(_keys(section))}"
+                )
         for key, value in self._in_file.items():
             if value is None and types.NoneType not in get_args(RECIPE_KEYS[key]):
                 self._refuse(key)  # jsonargparse takes null for any key
@@ -163,10 +175,12 @@ class RecipeParser:
     def _tell(self, mistake: "_Mistake") -> NoReturn:
         """Say in one sentence which value is wrong."""
         message = str(mistake)
-        found = re.search(r'key "([^"]+)"', message)
-        if found is None or found[1] not in RECIPE_KEYS:
-            raise UserError(" ".join(message.split())) from mistake
-        self._refuse(found[1], mistake)
+        # Of a section that may be null it names the section first, then the key in it.
+        named = re.findall(r'key "([^"]+)"', message)
+        for key in (".".join(named[:1]), ".".join(named[:2])):
+            if key in RECIPE_KEYS:
+                self._refuse(key, mistake)
+        raise UserError(" ".join(message.split())) from mistake
 
     def _refuse(self, key: str, cause: Exception | None = None) -> NoReturn:
         if key in self._in_options:
@@ -177,7 +191,9 @@ class RecipeParser:
 
     def _check_options(self, arguments: Sequence[str]) -> None:
         options = [option for action in self._parser._actions for option in action.option_strings]
-        known = [option for option in options if option.removeprefix("--") not in SECTIONS]
+        sections = SECTIONS - OPTIONAL_SECTIONS
+        known = [option for option in options if option.removeprefix("--") not in sections]
+        known += [f"--{key}" for section in OPTIONAL_SECTIONS for key in _keys(section)]
         for argument in arguments:
             name = argument.partition("=")[0]
             if name.startswith("--") and name not in known:
@@ -207,7 +223,8 @@ def check(recipe: Recipe) -> None:
     """
     for key, (holds, range_) in CHECKS.items():
         section, _, name = key.rpartition(".")
-        value = getattr(getattr(recipe, section) if section else recipe, name)
+        owner = getattr(recipe, section) if section else recipe
+        value = None if owner is None else getattr(owner, name)
         if value is not None and not holds(value):
             raise UserError(f"{key} is {value}, expected {range_}")
     batch = recipe.batch
@@ -216,19 +233,45 @@ def check(recipe: Recipe) -> None:
             f"batch.global_size is {batch.global_size}, expected a multiple of batch.micro_size, "
             f"{batch.micro_size}"
         )
+    if recipe.lora is None:
+        return
+    targets = recipe.lora.targets
+    if not targets or len(targets) > len({*targets}):
+        raise UserError(
+            f"lora.targets is [{', '.join(targets)}], expected one or more different ones of "
+            f"{', '.join(get_args(Projection))}"
+        )
+    if recipe.model.initialize_from is None:
+        raise UserError(
+            "model.initialize_from is null, expected the Hugging Face directory of the weights that the "
+            "adapters of lora are put on; name it, or set lora to null."
+        )
 
 
 def _leaf_types(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every key of a recipe, dotted, with its type."""
     for name, kind in get_type_hints(section).items():
-        if is_dataclass(kind) and isinstance(kind, type):
-            yield from _leaf_types(kind, f"{prefix}{name}.")
+        inner = _section(kind)
+        if inner:
+            yield from _leaf_types(inner, f"{prefix}{name}.")
         else:
             yield prefix + name, kind
 
 
+def _section(kind: Any) -> type | None:
+    """The dataclass of a section, also of one that may be null; None for the type of a value."""
+    parts = get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return next((part for part in parts if is_dataclass(part) and isinstance(part, type)), None)
+
+
 RECIPE_KEYS: dict[str, Any] = dict(_leaf_types(Recipe))
 SECTIONS = {key.partition(".")[0] for key in RECIPE_KEYS if "." in key}
+OPTIONAL_SECTIONS = {name for name in SECTIONS if get_args(get_type_hints(Recipe)[name])}
+"""Sections that may be null."""
+
+
+def _keys(section: str) -> list[str]:
+    return [key for key in RECIPE_KEYS if key.startswith(f"{section}.")]
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -253,8 +296,10 @@ def _check_keys(path: Path, section: str, value: Any) -> None:
         if section not in RECIPE_KEYS:
             raise UserError(f"{path}: unknown key {section}{_nearest(section, [*RECIPE_KEYS, *SECTIONS])}")
         return
+    if value is None and section in OPTIONAL_SECTIONS:
+        return
     if not isinstance(value, Mapping):
-        keys = [key.partition(".")[2] for key in RECIPE_KEYS if key.startswith(f"{section}.")]
+        keys = [key.partition(".")[2] for key in _keys(section)]
         found = json.dumps(value, default=str)
         raise UserError(f"{path}: {section} is {found}, expected a section with {', '.join(keys)}")
     for name in value:
@@ -265,6 +310,8 @@ def _check_keys(path: Path, section: str, value: Any) -> None:
 def _leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The keys of a recipe file, dotted, with their values."""
     for section, value in values.items():
+        if section in OPTIONAL_SECTIONS and value is None:
+            continue
         if section in SECTIONS:
             yield from ((f"{section}.{name}", entry) for name, entry in value.items())
         else:

@@ -4,15 +4,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.distributed.checkpoint import StorageReader
 from transformers import LlamaConfig
 
 from data_tools.errors import UserError
-from pmc_llama import checkpoint, huggingface
+from pmc_llama import base_weights, checkpoint, huggingface
 from pmc_llama.backends.base import Backend
+from pmc_llama.base_weights import Base
 from pmc_llama.checkpoint import Manifest
-from pmc_llama.compatibility import check_shape
+from pmc_llama.compatibility import check_adapters, check_shape
 from pmc_llama.config import Recipe
 from pmc_llama.initialize import RandomWeights
+from pmc_llama.lora import AdapterWeights, base_name
 from pmc_llama.model import check_buildable, for_training, llama_config
 
 
@@ -71,27 +74,65 @@ def model_config(recipe: Recipe, vocab_size: int, source: Path | None) -> LlamaC
     return for_training(config)
 
 
+def find_base(
+    recipe: Recipe, config: LlamaConfig, source: Path | None, group: dist.ProcessGroup
+) -> Base | None:
+    """The frozen weights of a run with `lora`, None of any other. Collective over `group`.
+
+    Args:
+        recipe: the run's.
+        config: of the model.
+        source: the checkpoint that the run goes on from, if there is one.
+        group: a gloo group over all ranks, which share the reading.
+
+    Raises:
+        UserError: `model.initialize_from` holds no such weights, or the checkpoint goes with others, or it
+            trained something else than the recipe does.
+    """
+    manifest = checkpoint.read_manifest(source) if source else None
+    if source and manifest:
+        check_adapters(recipe, manifest, source)
+    path = recipe.model.initialize_from
+    if recipe.lora is None or path is None:
+        return None
+    check_shape(recipe, config, huggingface.check_directory(path), path)
+    base = base_weights.identify(path, group)
+    if source and manifest and manifest.base:
+        base_weights.require_same(base, manifest.base, source)
+    return base
+
+
 def load_first_weights(
     recipe: Recipe, config: LlamaConfig, backend: Backend, group: dist.ProcessGroup
 ) -> None:
-    """Fill the masters from `model.initialize_from`, or with random weights drawn from the seed."""
+    """Fill the masters from `model.initialize_from`, or with random weights drawn from the seed.
+
+    With `lora` the frozen weights are read, and the masters of the adapters drawn.
+    """
     state, source = backend.state(), recipe.model.initialize_from
     weights = {name[len("model.") :]: t for name, t in state.items() if name.startswith("model.")}
-    if source:
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    reader: StorageReader
+    if recipe.lora:
+        _load_frozen(recipe, backend, group)
+        reader = AdapterWeights(shapes, recipe.seed, config.initializer_range)
+    elif source:
         reader = huggingface.weights_reader(source)
     else:
-        shapes = {name: tensor.shape for name, tensor in weights.items()}
         reader = RandomWeights(shapes, recipe.seed, config.initializer_range)
     checkpoint.read_weights(weights, reader, group)
     backend.state_loaded()
 
 
-def load_checkpoint(source: Path, manifest: Manifest, backend: Backend, group: dist.ProcessGroup) -> None:
-    """Fill masters and moments from a checkpoint.
+def load_checkpoint(
+    recipe: Recipe, source: Path, manifest: Manifest, backend: Backend, group: dist.ProcessGroup
+) -> None:
+    """Fill masters and moments from a checkpoint, and frozen weights from `model.initialize_from`.
 
     Raises:
         UserError: it cannot be read, or its tensors are not those that its manifest describes.
     """
+    _load_frozen(recipe, backend, group)
     state = backend.state()
     checkpoint.load(state, source, group)
     if state["optim.step"] != manifest.updates:
@@ -100,3 +141,10 @@ def load_checkpoint(source: Path, manifest: Manifest, backend: Backend, group: d
             f"{state['optim.step'].item()}; use an earlier checkpoint."
         )
     backend.state_loaded()
+
+
+def _load_frozen(recipe: Recipe, backend: Backend, group: dist.ProcessGroup) -> None:
+    frozen = {base_name(name): tensor for name, tensor in backend.frozen().items()}
+    if frozen and recipe.model.initialize_from:
+        reader = huggingface.weights_reader(recipe.model.initialize_from)
+        checkpoint.read_weights(frozen, reader, group)

@@ -22,6 +22,7 @@ from pmc_llama.dry_run import dry_run
 from pmc_llama.flops import model_flops_per_token, model_flops_utilization
 from pmc_llama.guards import Guard, check_skip_steps
 from pmc_llama.huggingface_tokenizer import check_tokenizer
+from pmc_llama.lora import peft_version
 from pmc_llama.metrics import Metrics, peak_memory
 from pmc_llama.profiling import StepProfiler
 from pmc_llama.provenance import describe_start
@@ -116,6 +117,8 @@ class Trainer:
         self.recipe, self.ranks, self.device, self.started = recipe, ranks, device, started
         used = ("pmc-llama", "torch", "transformers", *(["deepspeed"] * (recipe.backend == "deepspeed")))
         self.versions = {name: version(name) for name in used}
+        if recipe.lora:
+            self.versions["peft"] = peft_version()
         # What is said while starting goes over gloo: small Python objects, and never in the way of NCCL.
         self.group = dist.new_group(backend="gloo")
         self.sources, self.corpus = sources, sources[0].corpus
@@ -144,6 +147,7 @@ class Trainer:
         source = starting.find_checkpoint(self.checkpoints, resume, self.group, self._warn)
         self.config = starting.model_config(recipe, self.corpus.vocab_size, source)
         check_model(recipe, self.config, self.corpus)
+        self.base = starting.find_base(recipe, self.config, source, self.group)
         self.watchdog.enter("building the model")
         startup.reached("finding the checkpoint")
         self.backend = build_backend(recipe, self.config, self.device)
@@ -152,7 +156,7 @@ class Trainer:
         if source:
             manifest = checkpoint.read_manifest(source)
             self._go_on_from(manifest)
-            starting.load_checkpoint(source, manifest, self.backend, self.group)
+            starting.load_checkpoint(recipe, source, manifest, self.backend, self.group)
         else:
             self._begin()
             starting.load_first_weights(recipe, self.config, self.backend, self.group)
@@ -367,6 +371,8 @@ class Trainer:
             corpus=self.corpus.fingerprint,
             versions=self.versions,
             files=files,
+            base=self.base,
+            format=checkpoint.ADAPTERS if self.base else checkpoint.ALL_WEIGHTS,
         )
 
     # --- telling ---------------------------------------------------------------------------------------
@@ -375,7 +381,7 @@ class Trainer:
         recipe, say = self.recipe, self.metrics.say
         say(
             f"{recipe.backend}, {recipe.precision.compute}, on {self.ranks.world_size} x {self.device.type} "
-            f"(started by {self.ranks.launcher}); {self._parameters():,} parameters"
+            f"(started by {self.ranks.launcher}); {self._parameters()}"
         )
         for source in self.sources:
             split = source.split
@@ -396,8 +402,11 @@ class Trainer:
         for outcome in saves:
             self.metrics.say(str(outcome))
 
-    def _parameters(self) -> int:
-        return sum(t.numel() for name, t in self.backend.state().items() if name.startswith("model."))
+    def _parameters(self) -> str:
+        trained = sum(t.numel() for name, t in self.backend.state().items() if name.startswith("model."))
+        frozen = sum(tensor.numel() for tensor in self.backend.frozen().values())
+        of_all = f" trained, of {trained + frozen:,}" if frozen else ""
+        return f"{trained:,} parameters{of_all}"
 
     def _describe(
         self, loss: float, grad_norm: float, rate: float, skipped: str | None, times: StepTimes, tokens: int
@@ -427,6 +436,7 @@ class Trainer:
             tokens_per_second_per_device=speed / self.ranks.world_size,
             peak_memory_bytes=peak_memory(self.device),
             mfu=model_flops_utilization(
-                speed / self.ranks.world_size * model_flops_per_token(self.config, length), self.device
+                speed / self.ranks.world_size * model_flops_per_token(self.config, length, self.recipe.lora),
+                self.device,
             ),
         )

@@ -44,7 +44,9 @@ def read_table(path: Path) -> tuple[Iterator[Record], bool]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise UserError(f"{path} is read by the package datasets ({error}); pip install datasets.") from error
+        raise UserError(
+            f"{path} is read by the package datasets ({error}); pip install 'pmc-llama[questions]'."
+        ) from error
     try:
         found = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.Dataset(pq.read_table(path))
     except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:

@@ -5,15 +5,16 @@ whatever the backend and the world size, so it can be written by one and read by
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pmc_llama.config import OptimizerConfig
+from pmc_llama.config import OptimizerConfig, Recipe
 from pmc_llama.data import MicroBatch
+from pmc_llama.randomness import DROPOUT, random_bits
 
 
 class Backend(Protocol):
@@ -59,10 +60,18 @@ class Backend(Protocol):
         `model.<name>`: fp32 master weights, `optim.exp_avg.<name>` and `optim.exp_avg_sq.<name>`: fp32
         moments, each of the parameter's natural shape and sharded over the ranks; `optim.step`: int64 scalar,
         the updates made so far, replicated.
+
+        Of all that is trained: where `lora` freezes the model, of the adapters alone.
+        """
+
+    def frozen(self) -> dict[str, Tensor]:
+        """The weights that are not trained, as tensors to write into in place; none without `lora`.
+
+        In the compute dtype, each of the parameter's natural shape and sharded over the ranks.
         """
 
     def state_loaded(self) -> None:
-        """Refresh whatever is derived from the state after something was read into it."""
+        """Refresh whatever is derived from state and frozen weights after something was read into them."""
 
     def close(self) -> None:
         """Release the model; the process group stays."""
@@ -74,21 +83,55 @@ def model_arguments(batch: MicroBatch, device: torch.device) -> tuple[Tensor | N
     return tuple(None if tensor is None else tensor.to(device) for tensor in tensors)
 
 
+def seeded(
+    micro_batches: Sequence[MicroBatch], recipe: Recipe, updates: Tensor, device: torch.device
+) -> Iterator[MicroBatch]:
+    """Each micro-batch in turn, with dropout's random numbers set for it; afterwards all is as it was before.
+
+    The numbers are a function of seed, updates, rank and place in the step: a resumed run draws those that it
+    would have drawn, a step that is taken back leaves no trace, and both backends draw the same.
+
+    Args:
+        micro_batches: of this rank's step.
+        recipe: of the run; without `lora` there is no dropout.
+        updates: made before this step, a whole number.
+        device: whose generator draws.
+    """
+    if recipe.lora is None:
+        yield from micro_batches
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for place, batch in enumerate(micro_batches):
+            torch.manual_seed(int(random_bits(recipe.seed, DROPOUT, int(updates), dist.get_rank(), place)))
+            yield batch
+
+
 def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, object]]:
     """AdamW parameter groups, the same under every backend: matrices decay, norm weights and biases do not.
 
-    A matrix is told by its name, not by its dimensions, because ZeRO-3 flattens parameters.
+    Only what is trained is in them. A matrix is told by its name, not by its dimensions, because ZeRO-3
+    flattens parameters.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained_parameters(model).items():
         undecayed = "norm" in name.rsplit(".", 2)[-2] or name.endswith(".bias")
         (plain if undecayed else decayed).append(parameter)
     groups: list[dict[str, object]] = [
         {"params": decayed, "weight_decay": optimizer.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return groups
+    return [group for group in groups if group["params"]]
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By their names; tied ones once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By their names; tied ones once."""
+    return {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 
 def build_optimizer(model: nn.Module, optimizer: OptimizerConfig) -> torch.optim.AdamW:

@@ -20,11 +20,19 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from pmc_llama.backends.base import build_optimizer, clip_gradients, model_arguments
+from pmc_llama.backends.base import (
+    build_optimizer,
+    clip_gradients,
+    frozen_parameters,
+    model_arguments,
+    seeded,
+    trained_parameters,
+)
 from pmc_llama.backends.flat_shard import FlatShard
 from pmc_llama.backends.recomputation import checkpoint_activations
 from pmc_llama.config import Recipe, ShardingConfig
 from pmc_llama.data import MicroBatch
+from pmc_llama.lora import add_adapters
 from pmc_llama.model import LlamaForPretraining, rebuild_rotary
 
 
@@ -36,11 +44,13 @@ def build(recipe: Recipe, config: LlamaConfig, device: torch.device) -> "DeepSpe
     # tensors and does nothing, which is well: the weights come through `state`, like a checkpoint's.
     with deepspeed.zero.Init(config_dict_or_path=settings):
         model = LlamaForPretraining(config)
+        if recipe.lora:
+            add_adapters(model, recipe.lora)
     checkpoint_activations(model, recipe.sharding, reentrant=True)
     optimizer = build_optimizer(model, recipe.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     rebuild_rotary(engine.module, config, device)
-    return DeepSpeedBackend(engine, device)
+    return DeepSpeedBackend(engine, recipe, device)
 
 
 def check_sharding(sharding: ShardingConfig) -> None:
@@ -126,8 +136,9 @@ def _quiet_start() -> None:
 class DeepSpeedBackend:
     """See `pmc_llama.backends.base.Backend`."""
 
-    def __init__(self, engine: Any, device: torch.device) -> None:
+    def __init__(self, engine: Any, recipe: Recipe, device: torch.device) -> None:
         self.engine = engine
+        self.recipe = recipe
         self.device = device
         self.zero = engine.optimizer  # the ZeRO-3 optimizer around torch.optim.AdamW
         self.steps = torch.zeros((), dtype=torch.int64)
@@ -146,7 +157,8 @@ class DeepSpeedBackend:
         scale = dist.get_world_size() / targets
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         depth = len(FWD_MODULE_STACK)
-        for number, batch in enumerate(micro_batches, start=1):
+        in_turn = seeded(micro_batches, self.recipe, self.steps, self.device)
+        for number, batch in enumerate(in_turn, start=1):
             self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
             loss = self.engine(*model_arguments(batch, self.device))
             self.engine.backward(loss * scale, scale_wrt_gas=False)
@@ -194,13 +206,21 @@ class DeepSpeedBackend:
     def state(self) -> dict[str, Tensor]:
         """See `Backend.state`."""
         state: dict[str, Tensor] = {"optim.step": self.steps}
-        for name, parameter in self.engine.module.named_parameters():
+        for name, parameter in trained_parameters(self.engine.module).items():
             flat, where = self._place(parameter)
             moments = self.zero.optimizer.state[flat]
             state[f"model.{name}"] = _shard(parameter, flat[where])
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[f"optim.{moment}.{name}"] = _shard(parameter, moments[moment][where])
         return state
+
+    def frozen(self) -> dict[str, Tensor]:
+        """See `Backend.frozen`: ZeRO-3's own shards, on whatever device they live."""
+        frozen: dict[str, Tensor] = {}
+        for name, parameter in frozen_parameters(self.engine.module).items():
+            start, stop = _owned(parameter)
+            frozen[name] = _shard(parameter, cast(Any, parameter).ds_tensor.data.view(-1)[: stop - start])
+        return frozen
 
     def state_loaded(self) -> None:
         """See `Backend.state_loaded`: the compute-dtype copies follow the masters, as after an update."""
@@ -212,6 +232,8 @@ class DeepSpeedBackend:
         if persistent:  # small parameters that every rank keeps whole
             persistent[0].all_gather(persistent)
         self.zero.invalidate_secondary_tensor()
+        for parameter in frozen_parameters(self.engine.module).values():  # of which that takes no notice
+            cast(Any, parameter).ds_secondary_tensor = None
 
     def close(self) -> None:
         """See `Backend.close`."""

@@ -17,10 +17,18 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig
 
 from data_tools.errors import UserError
-from pmc_llama.backends.base import build_optimizer, clip_gradients, model_arguments
+from pmc_llama.backends.base import (
+    build_optimizer,
+    clip_gradients,
+    frozen_parameters,
+    model_arguments,
+    seeded,
+    trained_parameters,
+)
 from pmc_llama.backends.recomputation import checkpoint_activations
 from pmc_llama.config import Recipe, ShardingConfig
 from pmc_llama.data import MicroBatch
+from pmc_llama.lora import add_adapters
 from pmc_llama.model import LlamaForPretraining, rebuild_rotary
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -32,6 +40,11 @@ def build(recipe: Recipe, config: LlamaConfig, device: torch.device) -> "FsdpBac
     # In order: construction on meta, activation checkpointing, sharding, and only then memory for the shards.
     with torch.device("meta"):
         model = LlamaForPretraining(config)
+        if recipe.lora:
+            # Frozen weights have no masters. A group of FSDP2 may hold them beside fp32 masters: only what is
+            # trained has to be of one dtype.
+            model.to(_DTYPES[recipe.precision.compute])
+            add_adapters(model, recipe.lora)
     checkpoint_activations(model, sharding, reentrant=False)
     shard(model, recipe, build_mesh(sharding, device), device)
     model.to_empty(device=torch.device("cpu") if sharding.offload == "all" else device)
@@ -111,7 +124,9 @@ class FsdpBackend:
         # In hybrid sharding the groups hold the same shards, of which those of the first are counted.
         self.in_first_group = dist.get_rank() < (recipe.sharding.shard_group or dist.get_world_size())
         # Between forward and backward the module has whole parameters by these names; these are the shards.
-        self.parameters = dict(model.named_parameters())
+        self.parameters = trained_parameters(model)
+        self.frozen_parameters = frozen_parameters(model)
+        self.recipe = recipe
         # AdamW makes its moments at the first update; a checkpoint may be read before that.
         for parameter in self.parameters.values():
             self.optimizer.state[parameter] = {
@@ -126,7 +141,7 @@ class FsdpBackend:
         # fully_shard averages over the ranks; this makes the average the sum over all targets.
         scale = dist.get_world_size() / targets
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in micro_batches:
+        for batch in seeded(micro_batches, self.recipe, self.steps, self.device):
             loss = self.model(*model_arguments(batch, self.device))
             (loss * scale).backward()
             total += loss.detach()
@@ -172,6 +187,10 @@ class FsdpBackend:
                 state[f"optim.{moment}.{name}"] = self.optimizer.state[parameter][moment]
         return state
 
+    def frozen(self) -> dict[str, Tensor]:
+        """See `Backend.frozen`."""
+        return {name: parameter.data for name, parameter in self.frozen_parameters.items()}
+
     def state_loaded(self) -> None:
         """See `Backend.state_loaded`."""
         for parameter_state in self.optimizer.state.values():
@@ -179,7 +198,7 @@ class FsdpBackend:
 
     def close(self) -> None:
         """See `Backend.close`."""
-        del self.model, self.optimizer, self.parameters
+        del self.model, self.optimizer, self.parameters, self.frozen_parameters
 
 
 def _local(gradient: Tensor | None) -> Tensor:

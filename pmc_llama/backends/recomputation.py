@@ -42,6 +42,10 @@ def checkpoint_activations(model: LlamaForPretraining, sharding: ShardingConfig,
     with warnings.catch_warnings():  # its new name is not in all versions that we allow
         warnings.simplefilter("ignore", FutureWarning)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        if reentrant and not model.get_input_embeddings().weight.requires_grad:
+            # That kind gives no gradient to a layer whose input needs none, as the first one's above frozen
+            # weights.
+            model.enable_input_require_grads()
     layers = model.model.layers
     for layer in layers[
         len(layers) if sharding.checkpointed_layers is None else sharding.checkpointed_layers :

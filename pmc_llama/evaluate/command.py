@@ -8,13 +8,14 @@ from dataclasses import asdict
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 
 from data_tools.errors import UserError
 from data_tools.files import write_published
 from data_tools.prompts import PromptId
+from pmc_llama.arguments import Parser
 from pmc_llama.evaluate.results import Method, Setting
 
 if TYPE_CHECKING:
@@ -230,15 +231,8 @@ def _show_heldout(console: "Console", result: dict[str, Any]) -> None:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are `UserError`s."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("pmc-llama evaluate", description=evaluate.__doc__)
+    parser = Parser("pmc-llama evaluate", description=evaluate.__doc__)
     parser.add_argument(
         "model",
         type=Path,

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import FileSystemReader, StorageReader
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -14,6 +13,7 @@ from data_tools.errors import UserError
 from data_tools.tokenizer import Tokenizer
 from pmc_llama.checkpoint import MANIFEST, TOKENIZERS, list_checkpoints, read_manifest, read_weights
 from pmc_llama.huggingface import check_directory, weights_reader
+from pmc_llama.merged_weights import open_weights
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ def find_model(path: Path) -> ModelSource:
 def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
     """Read the weights, rounded to `dtype`. Collective over the default group; every rank holds them all.
 
+    Adapters of a checkpoint are merged.
+
     Raises:
         UserError: on every rank, when they cannot be read.
     """
@@ -77,11 +79,11 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
     model.tie_weights()
     with torch.device(device):  # no file holds them, and bf16 would turn far positions by a wrong angle
         model.model.rotary_emb = LlamaRotaryEmbedding(source.config)
-    reader: StorageReader = (
-        FileSystemReader(source.path) if source.is_checkpoint else weights_reader(source.path)
-    )
-    prefix = "model." if source.is_checkpoint else ""
+    group = dist.group.WORLD
+    assert group is not None  # noqa: S101
+    reader, prefix = weights_reader(source.path), ""
+    if source.is_checkpoint:
+        reader, prefix = open_weights(source.path, read_manifest(source.path), group)
     weights = {f"{prefix}{name}": parameter.data for name, parameter in model.named_parameters()}
-    assert dist.group.WORLD is not None  # noqa: S101
-    read_weights(weights, reader, dist.group.WORLD)
+    read_weights(weights, reader, group)
     return model.eval()

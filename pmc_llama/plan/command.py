@@ -38,6 +38,11 @@ def plan(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the plan as JSON: bytes and seconds")
     recipe, values = parser.read(arguments)
     options = argparse.Namespace(**values)
+    if recipe.lora:
+        raise UserError(
+            "The recipe has lora, and plan knows only runs that train all weights; with --lora null it plans "
+            "such a run, which needs more memory and time."
+        )
     for name in ("nodes", "gpus_per_node", "filesystem", "tokens", "papers"):
         value = getattr(options, name)
         if value is not None and not value > 0:

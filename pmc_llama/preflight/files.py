@@ -39,9 +39,9 @@ def corpora(job: Job) -> Facts:
 
 
 def first_weights(job: Job) -> Facts:
-    """The weights that a first start begins from can be read."""
+    """The weights that a start begins from can be read."""
     where = job.recipe.model.initialize_from
-    if where and not job.source:
+    if where and (job.recipe.lora or not job.source):  # adapters begin from them at every start
         huggingface.check_directory(where)
     return {}
 
@@ -83,7 +83,7 @@ def recipe_fits(job: Job) -> Facts:
     keep = recipe.checkpoint
     existing = [int(path.name.removeprefix("step-")) for path in checkpoint.list_checkpoints(job.checkpoints)]
     more = checkpoints_to_come(done, steps, existing, keep.every_steps, keep.keep_last, keep.keep_every)
-    each = STATE_BYTES * job.parameters
+    each = STATE_BYTES * job.trained
     free = shutil.disk_usage(job.recipe.output).free
     if more * each > free:
         raise UserError(

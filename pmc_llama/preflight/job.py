@@ -13,6 +13,7 @@ from pmc_llama.checkpoint import Manifest
 from pmc_llama.config import Recipe
 from pmc_llama.data import Source, open_sources
 from pmc_llama.huggingface import parameter_shapes
+from pmc_llama.lora import adapter_parameters
 from pmc_llama.ranks import Ranks
 from pmc_llama.starting import model_config
 
@@ -95,5 +96,11 @@ class Job:
 
     @cached_property
     def parameters(self) -> int:
-        """Parameters of the model, tied ones once."""
+        """Parameters of the model, tied ones once, adapters not counted."""
         return sum(math.prod(shape) for shape in parameter_shapes(self.config).values())
+
+    @property
+    def trained(self) -> int:
+        """Parameters that have masters and moments: those of adapters, or else all."""
+        lora = self.recipe.lora
+        return adapter_parameters(self.config, lora) if lora else self.parameters

@@ -22,6 +22,7 @@ from pmc_llama.preflight.job import STATE_BYTES, Job
 _TAKEN = 0.1
 # fp32 masters, moments and summed gradients, and with `all` the parameters in bf16, bytes a parameter.
 _OFFLOADED = {"none": 0, "optimizer": 16, "all": 18}
+_FROZEN = 2  # bytes a parameter, in bf16
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 Facts = dict[str, str]
@@ -80,7 +81,10 @@ def host_memory(job: Job) -> Facts:
     parameter_bytes = _OFFLOADED[sharding.offload]
     if job.recipe.checkpoint.asynchronous:
         parameter_bytes += STATE_BYTES
-    need = parameter_bytes * job.parameters // shards * job.ranks_of_node
+    state = parameter_bytes * job.trained
+    if job.recipe.lora and sharding.offload == "all":
+        state += _FROZEN * job.parameters
+    need = state // shards * job.ranks_of_node
     have = min(psutil.virtual_memory().available, _cgroup_memory())
     if need > have:
         raise UserError(

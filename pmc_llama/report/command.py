@@ -4,12 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import msgspec
 
 from data_tools.errors import UserError
 from data_tools.files import write_published
+from pmc_llama.arguments import Parser
 from pmc_llama.evaluate.results import read_scores
 from pmc_llama.report.contamination import read_looked_for
 from pmc_llama.report.rows import Report, make_report
@@ -53,15 +53,8 @@ def _write(found: Report, directory: Path) -> None:
         raise UserError(f"The report cannot be written to {directory}: {error.strerror}.") from error
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are `UserError`s."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("pmc-llama report", description=report.__doc__)
+    parser = Parser("pmc-llama report", description=report.__doc__)
     parser.add_argument(
         "results",
         type=Path,

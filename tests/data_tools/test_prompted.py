@@ -211,7 +211,7 @@ def test_the_command_makes_a_corpus_and_shows_a_prompt_with_what_is_trained_on(
     asked: Path, tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["prompts", "--questions", str(asked), "--tokenizer", str(tiny_tokenizer), "--prompt", "plain"]
-    assert main([*common, "--sets", "medqa_4options", "--show", "2"]) == 0
+    assert main([*common, "--sets", "medqa_4options", "--show-prompt", "2"]) == 0
     shown = capsys.readouterr().out
     assert "medqa_4options.train.jsonl:3, id q2" in shown
     assert "' C<EOS>'" in shown
@@ -230,7 +230,7 @@ def test_the_command_makes_a_corpus_and_shows_a_prompt_with_what_is_trained_on(
         (["--prompt", "none"], "no prompt 'none'"),
         (["--prompt", "alpaca"], "does not fit"),
         (["--max-tokens", "9"], "No question is left to train on"),
-        (["--show", "99"], "no training question 99"),
+        (["--show-prompt", "99"], "no training question 99"),
         (["--tokenizer", "nowhere"], "cannot be read"),
     ],
 )

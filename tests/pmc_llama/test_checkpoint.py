@@ -73,7 +73,7 @@ def test_a_checkpoint_of_a_later_version_is_refused_and_left_as_it_is(tmp_path: 
         lambda: checkpoint.verify(manifest.parent),
         lambda: checkpoint.newest_sound(root, dist.group.WORLD, pytest.fail),
     ):
-        with pytest.raises(checkpoint.NewerFormat, match=r"step-00000002 has format 2, .* pmc-llama 9\.1"):
+        with pytest.raises(checkpoint.NewerFormat, match=r"step-00000002 has format 3, .* pmc-llama 9\.1"):
             refuse()
     assert [path.name for path in checkpoint.list_checkpoints(root)] == ["step-00000001", "step-00000002"]
 

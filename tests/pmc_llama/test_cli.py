@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from data_tools.errors import UserError
 from pmc_llama import cli
 from pmc_llama.checkpoint import save
-from pmc_llama.config import Recipe, plain
+from pmc_llama.config import LoraConfig, Recipe, plain
 from pmc_llama.recipe_file import CHECKS, RECIPE_KEYS, check
 from tests.pmc_llama.small import bare_manifest
 from tests.pmc_llama.test_huggingface_tokenizer import train as train_tokenizer
@@ -218,7 +218,7 @@ def test_every_number_of_a_recipe_has_a_range():
                 yield prefix + field.name
 
     check(Recipe())
-    assert set(CHECKS) == set(numbers(Recipe()))
+    assert set(CHECKS) == set(numbers(Recipe(lora=LoraConfig())))
 
 
 # --- the program -------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ from data_tools.questions.build import build_questions
 from data_tools.questions.written import QuestionSets
 from data_tools.tokenizer import Tokenizer
 from pmc_llama.checkpoint import save
+from pmc_llama.cli import export
+from pmc_llama.config import Recipe, plain
 from pmc_llama.evaluate.command import evaluate
 from pmc_llama.evaluate.results import Scores, SetScore, read_scores
 from pmc_llama.evaluate.tasks import chosen
@@ -282,8 +284,13 @@ def test_an_unmerged_adapter_answers_as_the_merged_model(
         assert answer.log_likelihoods != pytest.approx(other.log_likelihoods, rel=1e-3)
 
 
-def test_a_checkpoint_answers_as_what_it_exports_and_is_judged_by_papers_too(
-    model: Path, questions: Path, tiny_corpus: Path, tiny_tokenizer: Path, tmp_path: Path
+def test_a_checkpoint_answers_as_what_it_exports_is_judged_by_papers_and_published_with_its_scores(
+    model: Path,
+    questions: Path,
+    tiny_corpus: Path,
+    tiny_tokenizer: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     weights = LlamaForCausalLM.from_pretrained(model).named_parameters()
@@ -291,7 +298,7 @@ def test_a_checkpoint_answers_as_what_it_exports_and_is_judged_by_papers_too(
     save(
         {f"model.{name}": tensor.data for name, tensor in weights},
         tmp_path / "run" / "checkpoints",
-        lambda files: bare_manifest(7, files, model_config=config),
+        lambda files: bare_manifest(7, files, model_config=config, recipe=plain(Recipe())),
         tiny_tokenizer,
         dist.group.WORLD,
     )
@@ -301,6 +308,18 @@ def test_a_checkpoint_answers_as_what_it_exports_and_is_judged_by_papers_too(
     found = scores_of(tmp_path / "run", questions, tmp_path, "--limit", "3", *papers)
     assert (found.name, found.sets) == ("run", wanted.sets)
     assert json.loads((tmp_path / "scores.json").read_text())["perplexity"]["texts"] == 1
+    exported = [str(tmp_path / "run"), str(tmp_path / "exported")]
+    publish = ["--push-to-hub", "clinic/model", "--dry-run", "--results", str(tmp_path / "scores.json")]
+    with pytest.raises(UserError, match="--license"):
+        export([*exported, *publish])
+    capsys.readouterr()
+    export([*exported, *publish, "--license", "apache-2.0"])
+    told = capsys.readouterr().out
+    assert all(path.name in told for path in (tmp_path / "exported").iterdir())
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "\nlicense: apache-2.0\n" in card
+    assert card.count("\n| accuracy (likelihood") == len(found.sets)
+    assert "\n| perplexity a token | papers held out" in card
 
 
 def test_the_result_says_what_was_asked_and_how(
