@@ -125,11 +125,14 @@ def _by_transformers(base: Path, corpus: Path, ours: dict[str, Any]) -> tuple[fl
     for number in ours["papers"]["number"][:PAPERS_BY_TRANSFORMERS]:
         begin, end = int(split.starts[number]), int(split.starts[number + 1]) - 1
         tokens = np.concatenate([[ours["prefix"]], split.read([(begin, end)])[0]]).astype(np.int64)
-        for first in range(0, len(tokens) - 1, window):
-            # A window begins with the last target of the one before, of which transformers takes no loss.
-            ids = torch.from_numpy(tokens[first : first + window + 1])[None]
-            nats += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
-            targets += ids.shape[1] - 1
+        for done in range(0, len(tokens) - 1, window):
+            end = min(len(tokens) - 1, done + window)
+            begin = max(0, end - window)  # a last piece sees what is before it, as it does in ours
+            ids = torch.from_numpy(tokens[begin : end + 1])[None]
+            labels = ids.clone()
+            labels[:, : done + 1 - begin] = -100
+            nats += float(model(input_ids=ids, labels=labels).loss) * (end - done)
+            targets += end - done
     our_nats = sum(ours["papers"]["nats"][:PAPERS_BY_TRANSFORMERS])
     return math.exp(our_nats / targets), math.exp(nats / targets)
 

@@ -131,7 +131,7 @@ def _finish(directory: Path, infos: list[PartInfo], lengths: NDArray[np.int32]) 
         splits[name] = SplitInfo(int(chosen.sum()), int(tokens[chosen].sum()), info)
     model = bytes(500_000)  # as large as LLaMA's
     manifest = Manifest(
-        tokenizer=TokenizerInfo(hashlib.sha256(model).hexdigest(), 32_000, 1, 2, 0),
+        tokenizer=TokenizerInfo(hashlib.sha256(model).hexdigest(), 32_000, 1, 2, 0, "tokenizer.model"),
         dtype="uint16",
         rules_version=1,
         recipe=Recipe(),

@@ -49,9 +49,9 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("full", "recipes/finetune_full.yaml", "pubmedqa,medmcqa", 2e-3),
+    Setting("full", "recipes/finetune_full.yaml", "pubmedqa,medmcqa", 3e-3),
     Setting("peft", "recipes/finetune_lora.yaml", "pubmedqa,medmcqa", 1e-2),
-    Setting("data-efficient", "recipes/finetune_data_efficient.yaml", "medqa_4options", 2e-3),
+    Setting("data-efficient", "recipes/finetune_data_efficient.yaml", "medqa_4options", 3e-3),
 )
 
 
@@ -133,7 +133,7 @@ def kill_on_the_way(command: list[str], directory: Path, draw: random.Random) ->
     """Start a run and kill all of its processes, at some step after its first checkpoint."""
     step, beyond = draw.randrange(EVERY_STEPS + 2, STEPS - EVERY_STEPS), draw.uniform(0, 0.2)
     process = subprocess.Popen(command, env=environment())
-    while process.poll() is None and _steps_made(directory) < step:
+    while process.poll() is None and (_steps_made(directory) < step or not _checkpoints(directory)):
         time.sleep(0.01)
     time.sleep(beyond)  # seconds, into whatever follows the end of the step
     if process.poll() is not None:
@@ -144,10 +144,14 @@ def kill_on_the_way(command: list[str], directory: Path, draw: random.Random) ->
         with suppress(psutil.NoSuchProcess):
             one.kill()
     process.wait()
-    kept = list_checkpoints(directory / "checkpoints")
+    kept = _checkpoints(directory)
     console.print(
         f"[yellow]killed after step {_steps_made(directory)}; the newest checkpoint is {kept[-1].name}"
     )
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    return list_checkpoints(directory / "checkpoints")
 
 
 def _steps_made(directory: Path) -> int:

@@ -1,8 +1,8 @@
 """Questions for the fine-tuning demonstration, in the layouts that the real sets are published in.
 
-All of it is made up, and none of it is medicine: a rule that a small model can learn in a minute decides
-every answer. Of the options of a multiple-choice question the remedy that ends in -olin is right; an abstract
-says whether the tea helped.
+All of it is made up, and none of it is medicine. An abstract says plainly whether the tea helped, which a
+small model learns within the demonstration; of the options of a multiple-choice question the remedy that ends
+in -olin is right, which takes it longer.
 """
 
 import json
@@ -15,9 +15,9 @@ _RIGHT, _WRONG = "olin", ("azem", "urex", "idone")
 _COMPLAINTS = ("fever", "headache", "cough", "rash", "nausea", "fatigue", "insomnia", "vertigo")
 _PLACES = ("hand", "knee", "back", "chest", "shoulder", "foot")
 _FINDINGS = {
-    "yes": "The complaints became fewer in the group that drank the tea.",
-    "no": "The complaints were as many in both groups, with tea and without.",
-    "maybe": "The complaints became fewer in one town and more in the other.",
+    "yes": "Those who drank the tea were well soon.",
+    "no": "Nobody felt any change.",
+    "maybe": "In one town it was better and in the other worse.",
 }
 
 

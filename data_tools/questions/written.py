@@ -33,7 +33,7 @@ LICENSES = {
     "medmcqa": "MIT (github.com/medmcqa/medmcqa)",
     "medqa": "MIT (github.com/jind11/MedQA)",
     "mmlu": "MIT (github.com/hendrycks/test)",
-    "bioasq": "CC BY 2.5, after registration (participants-area.bioasq.org)",
+    "bioasq": "given after registration (see participants-area.bioasq.org)",
     "instructions": "not known: see where the file is from",
 }
 """By the first word of a set's name, with where its publisher states it."""
