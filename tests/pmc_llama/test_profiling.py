@@ -83,7 +83,10 @@ def test_the_kinds_add_up_to_the_time_of_a_step_and_the_phases_to_the_kinds(tmp_
     assert list(profile.phases) == [DATA_PHASE, MODEL_PHASE, OPTIMIZER_PHASE]
     for kind in KINDS:
         parts = sum(phase[kind] for phase in profile.phases.values())
-        assert parts == pytest.approx(profile.seconds[kind], abs=1e-4)
+        if kind == GAPS:  # the host may be kept from going on between two phases, for any time
+            assert parts <= profile.seconds[kind] + 1e-9
+        else:
+            assert parts == pytest.approx(profile.seconds[kind], abs=1e-4)
     for kind in ("attention", "matrix products", "norm and elementwise", "loss"):
         assert 0 < profile.seconds[kind] == profile.phases[MODEL_PHASE][kind]
     assert 0 < profile.seconds["optimizer"] == profile.phases[OPTIMIZER_PHASE]["optimizer"]
