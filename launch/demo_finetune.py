@@ -84,7 +84,7 @@ def pretrain() -> None:
     corpus, tokenizer = f"{OUTPUT}/corpus", "sample/tokenizer.model"
     build = ("--input", "sample/s2orc", "sample/jats", "--tokenizer", tokenizer, "--max_bad", "0.1")
     run("pmc-data", "build", *build, "--output", corpus)
-    keys = {"output": OUTPUT / "pretrained", "backend": "fsdp", "data.corpus": corpus}
+    keys = {"output": OUTPUT / "pretrained", "backend": "fsdp", "data.corpus": corpus, "schedule.steps": 40}
     run(*on_ranks("train", "recipes/demo.yaml", *options(keys)))
     run("pmc-llama", "export", f"{OUTPUT}/pretrained", str(BASE))
 
