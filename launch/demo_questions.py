@@ -1,8 +1,8 @@
 """Questions for the fine-tuning demonstration, in the layouts that the real sets are published in.
 
-All of it is made up, and none of it is medicine. An abstract says plainly whether the tea helped; of the options
-of a multiple-choice question the remedy that ends in -olin is right. A million parameters learn little of that
-in the few steps of the demonstration, which shows the way and not a skill.
+All of it is made up, and none of it is medicine. An abstract says plainly whether the tea helped; of the
+options of a multiple-choice question the remedy that ends in -olin is right. A million parameters learn
+little of that in the few steps of the demonstration, which shows the way and not a skill.
 """
 
 import json
