@@ -242,7 +242,9 @@ def test_an_interrupted_fetch_ends_soon_and_goes_on(fetch, front, tmp_path):
         "commercial",
     ]
     command += ["--output", str(output), "--endpoint", front.server.url, "--articles-per-package", "5"]
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell started behind it would ignore it
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    signal.signal(signal.SIGINT, handler)
     while not any(path.endswith("PMC25.1.xml") for path in front.server.paths()):
         assert process.poll() is None
         time.sleep(0.005)
