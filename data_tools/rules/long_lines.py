@@ -21,10 +21,10 @@ class LongLines:
 
     def __call__(self, paper: Paper) -> Paper | Dropped:
         """The paper, or `long_lines`."""
-        lengths = text_of(paper).lengths
-        if not len(lengths):
+        text = text_of(paper)
+        if not text.paragraphs:
             return paper
-        mean, longest = lengths.mean(), lengths.max()
+        mean, longest = text.characters / len(text.paragraphs), text.lengths.max()
         for what, found, limit in (("mean", mean, self.max_mean), ("longest", longest, self.max_longest)):
             if found > limit:
                 return Dropped(

@@ -30,7 +30,6 @@ _LIGATURES = {
     "\ufb06": "st",
 }
 _USUAL_SPACES = ("\n", "\u00a0", "\u2009")  # what else than a space there often is of white space
-_BETWEEN = "\x1e"  # stands between texts that are looked at together
 _BEYOND = 0x2E80  # Latin, Greek, Cyrillic, punctuation and signs come before
 _EMPTY_LINES = re.compile(r"\n{3,}")
 
@@ -75,13 +74,10 @@ class Normalize:
 
 def normalize_texts(texts: list[str], form: Form = "NFC") -> list[str]:
     """Normalized lines of text (`normalize_text`), most of which one look at all of them together does."""
-    together = f"{_BETWEEN}{_BETWEEN.join(texts)}{_BETWEEN}"
+    found = texts
     for space in _USUAL_SPACES:
-        together = together.replace(space, " ")
-    found = together.split(_BETWEEN)[1:-1]
-    if len(found) != len(texts):  # one holds what should stand between them
-        return [normalize_text(text, form) for text in texts]
-    for place in _suspects(together):
+        found = [text.replace(space, " ") for text in found]
+    for place in _suspects(found):
         found[place] = normalize_text(found[place], form)
     return found
 
@@ -107,31 +103,32 @@ def _normalize_lines(text: str, form: Form) -> str:
     return _EMPTY_LINES.sub("\n\n", lines).strip("\n")
 
 
-def _suspects(together: str) -> list[int]:
-    """The places of those of the texts, each between two `_BETWEEN`, that `normalize_text` may change.
+def _suspects(texts: list[str]) -> list[int]:
+    """The places of those of the texts that `normalize_text` may change.
 
     Those with spaces at an end or side by side, with a control, or with a character beyond ASCII that is not
     known to be left alone.
     """
-    content = np.frombuffer(together.encode(errors="surrogatepass"), np.uint8)
-    gaps = content <= ord(" ")
-    odd = content == 0x7F
-    odd[:-1] |= gaps[:-1] & gaps[1:]
-    controls = np.flatnonzero(content < ord(" "))
-    between = content[controls] == ord(_BETWEEN)
-    bounds = controls[between]
-    beyond = np.flatnonzero(content >= 0xC0)
-    beyond = beyond[~_left_alone().take(_code_points(content, beyond), mode="clip")]
-    suspect = np.concatenate([np.flatnonzero(odd), controls[~between], beyond])
-    places = np.searchsorted(bounds, suspect, side="right") - 1
+    # Encoded one by one: most are ASCII. The spaces between them show those at their ends.
+    lines = [text.encode(errors="surrogatepass") for text in texts]
+    content = np.frombuffer(b" ".join([b"", *lines, b""]), np.uint8)
+    sizes = np.fromiter(map(len, lines), np.int64, len(lines))
+    bounds = np.cumsum(sizes + 1) - sizes - 1
+    spaces = content == ord(" ")
+    odd = (content < ord(" ")) | (content == 0x7F)
+    odd[:-1] |= spaces[:-1] & spaces[1:]
+    beyond = content >= 0xC0
+    suspect = np.flatnonzero(odd | beyond)
+    harmless = beyond[suspect] & _left_alone().take(_code_points(content, suspect), mode="clip")
+    places = np.searchsorted(bounds, suspect[~harmless], side="right") - 1
     return sorted(set(places.tolist()))
 
 
 def _code_points(content: NDArray[np.uint8], places: NDArray[np.intp]) -> NDArray[np.int64]:
     """The characters of two or three bytes of UTF-8 that begin at some places; 0x10000 or more for others."""
-    first = content[places]
-    pairs = (first & 0x1F).astype(np.int64) << 6 | content[places + 1] & 0x3F
-    triples = pairs << 6 | content[places + 2] & 0x3F  # what comes last in `content` is not beyond ASCII
+    first, second, third = (content.take(places + offset, mode="clip") for offset in range(3))
+    pairs = (first & 0x1F).astype(np.int64) << 6 | second & 0x3F
+    triples = pairs << 6 | third & 0x3F
     return np.where(first < 0xE0, pairs, triples)
 
 

@@ -25,7 +25,7 @@ class Ocr:
     def __call__(self, paper: Paper) -> Paper | Dropped:
         """The paper, or `ocr`."""
         text = text_of(paper)
-        per = 10_000 / max(10_000, int(text.lengths.sum()))
+        per = 10_000 / max(10_000, text.characters)
         broken = per * _broken_words(text)
         if broken > self.max_broken_words:
             return Dropped(

@@ -29,7 +29,7 @@ class Repetition:
     def __call__(self, paper: Paper) -> Paper | Dropped:
         """The paper, or `repetition`."""
         text = text_of(paper)
-        total = int(text.lengths.sum())
+        total = text.characters
         again = total - sum(map(len, set(text.paragraphs)))
         if again > self.max_duplicate_paragraphs * total:
             return Dropped(
@@ -51,9 +51,11 @@ class Repetition:
 def _repeated(grams: Hashes, enough: float) -> int:
     """How many values of an array come more than once; where it is no more than a share `enough`, a bound."""
     last_place = np.uint64((1 << (2 * len(grams)).bit_length()) - 1)  # of a table, which needs no sorting
-    alone = int(np.count_nonzero(np.bincount((grams & last_place).view(np.int64)) == 1))
-    if len(grams) - alone <= enough * len(grams):
-        return len(grams) - alone
+    taken = np.zeros(int(last_place) + 1, np.bool_)
+    taken[(grams & last_place).view(np.int64)] = True
+    bound = 2 * (len(grams) - int(np.count_nonzero(taken)))  # each that came to a taken place, and the first
+    if bound <= enough * len(grams):
+        return bound
     ordered = np.sort(grams)
     equal = np.zeros(len(ordered) + 1, np.bool_)
     equal[1:-1] = ordered[1:] == ordered[:-1]

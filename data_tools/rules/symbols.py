@@ -23,13 +23,12 @@ class Symbols:
     def __call__(self, paper: Paper) -> Paper | Dropped:
         """The paper, or `symbols`."""
         text = text_of(paper)
-        characters = int(text.lengths.sum())
         digits = text.content - np.uint8(ord("0")) < 10
         kept = sum(int(np.count_nonzero(mask)) for mask in (text.letters, digits, text.beyond_ascii))
-        if kept < self.min_alphanumeric * characters:
+        if kept < self.min_alphanumeric * text.characters:
             return Dropped(
                 "symbols",
-                f"{kept / characters:.1%} of the characters are letters or digits, "
+                f"{kept / text.characters:.1%} of the characters are letters or digits, "
                 f"at least {self.min_alphanumeric:.1%} are asked for",
             )
         return paper

@@ -34,6 +34,11 @@ class Text:
         return np.fromiter(map(len, self.paragraphs), np.int64, len(self.paragraphs))
 
     @cached_property
+    def characters(self) -> int:
+        """Of all paragraphs."""
+        return int(self.lengths.sum())
+
+    @cached_property
     def content(self) -> NDArray[np.uint8]:
         """The paragraphs in UTF-8, a line feed before each and behind the last: uint8 `[bytes]`."""
         return np.frombuffer(b"\n".join([b"", *self._lines, b""]), np.uint8)
