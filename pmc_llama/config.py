@@ -199,6 +199,18 @@ class ShardingConfig:
 
 
 @dataclass
+class SpeedConfig:
+    """What makes a step faster, and changes nothing that is computed beyond rounding.
+
+    Args:
+        read_late: tell of a step when the next one has been sent to the device, so that a GPU never waits for
+            the host to read a loss; null, on a GPU.
+    """
+
+    read_late: bool | None = None
+
+
+@dataclass
 class CheckpointConfig:
     """When to publish a checkpoint, and which to keep.
 
@@ -297,6 +309,7 @@ class Recipe:
         optimizer: AdamW.
         precision: dtypes.
         sharding: memory against speed.
+        speed: how a step is computed.
         checkpoint: when to save.
         guards: updates that are not made.
         hangs: how long to wait for other ranks.
@@ -317,6 +330,7 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
     hangs: HangConfig = field(default_factory=HangConfig)

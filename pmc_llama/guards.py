@@ -3,6 +3,9 @@
 A decision depends on the loss and the gradient norm of a step and of those before it alone. They have the
 same bits on every rank, so all ranks decide alike without talking; and what is remembered of them is part of
 a checkpoint, so a resumed run decides as one that was never interrupted.
+
+It is made where the two numbers are, on the device, before the update and without waiting for it. The host
+learns of it later, and puts it into words.
 """
 
 import math
@@ -12,12 +15,17 @@ from itertools import pairwise
 from statistics import mean, stdev
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from data_tools.errors import UserError
 from pmc_llama.config import GuardConfig
 
 
 class Guard:
     """Judges every step's loss and gradient norm, and remembers what it needs for the next.
+
+    `judge` and `learn` are called once a step each, in order; the host may be some steps behind the device.
 
     A step is a spike when its loss, or its gradient norm, is x with
 
@@ -37,19 +45,32 @@ class Guard:
     Args:
         config: the recipe's `guards` section, checked.
         state: of the run that is resumed, from `state()`; None when nothing was judged before.
+        device: where loss and gradient norm are.
 
     Attributes:
-        skipped: updates skipped in the whole run, for numbers that are not finite or for spikes.
+        skipped: updates skipped in the whole run, for numbers that are not finite or for spikes, as far as
+            the host has learned.
         skipped_in_a_row: of those, since the last update that was made.
     """
 
-    def __init__(self, config: GuardConfig, state: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        config: GuardConfig,
+        state: Mapping[str, Any] | None = None,
+        device: torch.device = torch.device("cpu"),  # noqa: B008  # immutable
+    ) -> None:
         self.config = config
         state = state or {"losses": [], "grad_norms": [], "skipped": 0, "skipped_in_a_row": 0}
         self.losses: deque[float] = deque(state["losses"], maxlen=config.spike_window)
         self.grad_norms: deque[float] = deque(state["grad_norms"], maxlen=config.spike_window)
         self.skipped: int = state["skipped"]
         self.skipped_in_a_row: int = state["skipped_in_a_row"]
+        self._in_a_row = torch.tensor(self.skipped_in_a_row, device=device)
+        # fp64 [2, window], the newest value last; NaN where there is none yet.
+        self._recent = torch.full((2, config.spike_window), torch.nan, dtype=torch.float64)
+        for row, values in zip(self._recent, (self.losses, self.grad_norms), strict=True):
+            row[config.spike_window - len(values) :] = torch.tensor(list(values), dtype=torch.float64)
+        self._recent = self._recent.to(device)
 
     def passes_over(self, step: int) -> bool:
         """Whether the recipe names `step` (from 1) in `skip_steps`.
@@ -58,22 +79,41 @@ class Guard:
         """
         return any(first <= step <= last for first, last in self.config.skip_steps)
 
-    def objection(self, loss: float, grad_norm: float) -> str | None:
-        """Judge a step before its update, and remember it.
+    def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Decide on the device whether a step's update is made, and remember the step there.
+
+        Once more updates in a row were refused than the recipe allows, every further one is: what the host
+        sends before it learns of that changes no weight.
 
         Args:
-            loss: of the global batch, in nats a target.
-            grad_norm: global, before clipping.
+            loss: of the global batch, in nats a target; fp64 scalar.
+            grad_norm: global, before clipping; fp64 scalar.
 
         Returns:
-            Why the update must not be made, in words; None when it is to be made.
+            fp32 scalar: 1 where the update must not be made, else 0.
         """
-        reason = _not_finite(loss, grad_norm) or self._spike(loss, grad_norm)
-        if reason:
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-        else:
-            self.skipped_in_a_row = 0
+        now = torch.stack([loss, grad_norm])
+        finite = now.isfinite().all()
+        refused = ~finite | (self._in_a_row > self.config.max_skipped)
+        if self.config.spike_deviations is not None:
+            refused |= finite & self._spikes(now, self.config.spike_deviations)
+            shifted = torch.cat([self._recent[:, 1:], now[:, None]], dim=1)
+            self._recent = torch.where(finite, shifted, self._recent)
+        self._in_a_row = (self._in_a_row + 1) * refused
+        return refused.float()
+
+    def learn(self, loss: float, grad_norm: float, refused: bool) -> str | None:
+        """Learn on the host of a step that `judge` decided on.
+
+        Returns:
+            Why the update was not made, in words; None when it was.
+        """
+        reason = self._explain(loss, grad_norm) if refused else None
+        if self.config.spike_deviations is not None and math.isfinite(loss) and math.isfinite(grad_norm):
+            self.losses.append(loss)
+            self.grad_norms.append(grad_norm)
+        self.skipped += refused
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if refused else 0
         return reason
 
     @property
@@ -106,25 +146,34 @@ class Guard:
             "skipped_in_a_row": self.skipped_in_a_row,
         }
 
-    def _spike(self, loss: float, grad_norm: float) -> str | None:
-        deviations = self.config.spike_deviations
-        if deviations is None:
-            return None
-        reason = self._above("loss", loss, self.losses, deviations) or self._above(
-            "gradient norm", grad_norm, self.grad_norms, deviations
-        )
-        self.losses.append(loss)
-        self.grad_norms.append(grad_norm)
-        return reason
+    def _spikes(self, now: Tensor, deviations: float) -> Tensor:
+        known = ~self._recent[0].isnan()
+        count = known.sum()
+        mean = self._recent.nansum(dim=1) / count
+        variance = (self._recent - mean[:, None]).square().nansum(dim=1) / (count - 1)
+        above = now > mean + deviations * variance.sqrt()
+        return above.any() & (count >= self._enough)
 
-    def _above(self, name: str, value: float, before: Sequence[float], deviations: float) -> str | None:
-        if len(before) < max(2, self.config.spike_window // 2):
-            return None
-        # The module `statistics` sums exactly, so a decision hangs on no order of summation.
-        limit = mean(before) + deviations * stdev(before)
-        if value <= limit:
-            return None
-        return f"{name} {value:.6g} above {limit:.6g}, {deviations:g} deviations over the last {len(before)}"
+    def _explain(self, loss: float, grad_norm: float) -> str:
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return f"loss {loss:.6g} and gradient norm {grad_norm:.6g}"
+        if self.must_stop:
+            return f"following {self.skipped_in_a_row} updates that were skipped"
+        deviations = self.config.spike_deviations or 0.0  # finite numbers are refused as spikes only
+        pairs = (("loss", loss, self.losses), ("gradient norm", grad_norm, self.grad_norms))
+        limits = [mean(before) + deviations * stdev(before) for _, _, before in pairs]
+        spikes = [place for place, (_, value, _) in enumerate(pairs) if value > limits[place]]
+        place = spikes[0] if spikes else 0  # none: the device, which sums in another order, found it above
+        name, value, _ = pairs[place]
+        return (
+            f"{name} {value:.6g} above {limits[place]:.6g}, {deviations:g} deviations over the last "
+            f"{len(self.losses)}"
+        )
+
+    @property
+    def _enough(self) -> int:
+        """Values from which on there are spikes."""
+        return max(2, self.config.spike_window // 2)
 
 
 def check_skip_steps(ranges: Sequence[tuple[int, int]]) -> None:
@@ -144,9 +193,3 @@ def check_skip_steps(ranges: Sequence[tuple[int, int]]) -> None:
                 f"guards.skip_steps has [{first}, {last}] and [{following}, {end}], which overlap; "
                 "write them as one range"
             )
-
-
-def _not_finite(loss: float, grad_norm: float) -> str | None:
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return None
-    return f"loss {loss:.6g} and gradient norm {grad_norm:.6g}"

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from data_tools.errors import UserError
@@ -72,6 +73,12 @@ _COMMON = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "bos_token_id"
 
 # Rows (positions of the micro-batch) whose logits are held in fp32 at a time: 128 MiB at 32,000 pieces.
 LOSS_CHUNK = 1024
+
+# transformers' SDPA under a name for which it makes no mask: causal where none is given, which flash
+# attention can do. Under its own name it asks the device, in every micro-batch, whether documents are packed,
+# and waits for the answer.
+_ATTENTION = "pmc_llama_sdpa"
+AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
 
 
 def llama_config(model: ModelConfig, vocab_size: int) -> LlamaConfig:
@@ -151,6 +158,7 @@ class LlamaForPretraining(LlamaForCausalLM):
         # models it ends a document. transformers would write to that row, too, of which ZeRO-3 has a shard.
         unpadded = copy.deepcopy(config)
         unpadded.pad_token_id = None
+        unpadded._attn_implementation = _ATTENTION
         super().__init__(unpadded)
 
     def forward(self, inputs: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -166,9 +174,29 @@ class LlamaForPretraining(LlamaForCausalLM):
         Returns:
             fp32 scalar: the sum in nats (not the mean: only the caller knows the targets of the whole batch).
         """
-        # transformers makes the block-diagonal causal mask of SDPA from the positions, once for all layers.
-        hidden = self.model(input_ids=inputs, position_ids=positions, use_cache=False).last_hidden_state
-        return summed_cross_entropy(self.lm_head(hidden), labels)
+        return summed_cross_entropy(self.lm_head(self.hidden(inputs, positions)), labels)
+
+    def hidden(self, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
+        """What the output layer gets: [micro-batch, sequence, hidden] in the compute dtype; see `forward`."""
+        mask = None if positions is None else isolating_mask(positions)
+        found: Tensor = self.model(
+            input_ids=inputs, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        return found
+
+
+def isolating_mask(positions: Tensor) -> Tensor:
+    """Which tokens a token attends to: those of its own document up to itself.
+
+    Args:
+        positions: int64 [micro-batch, sequence]; where it does not go up by one, another document begins.
+
+    Returns:
+        bool [micro-batch, 1, sequence, sequence], the same for all heads.
+    """
+    begins = torch.diff(positions, prepend=positions[:, :1] - 1) != 1
+    document = begins.cumsum(dim=-1)
+    return (document[:, None, :, None] == document[:, None, None, :]).tril()
 
 
 def rebuild_rotary(model: LlamaForPretraining, config: LlamaConfig, device: torch.device) -> None:

@@ -17,10 +17,8 @@ class StepRecord:
     learning_rate: float
     step_seconds: float
     data_seconds: float  # of those, waiting for the batch
-    forward_backward_seconds: (
-        float  # of those, up to the loss of all ranks; on a GPU with the rest of the last update
-    )
-    optimizer_seconds: float  # of those, clipping and the update, which a GPU may still be at
+    forward_backward_seconds: float  # of those, up to the loss of all ranks
+    optimizer_seconds: float  # of those, clipping and the update
     seconds_since_start: float  # of the process
     tokens_per_second: float  # all ranks
     tokens_per_second_per_device: float
@@ -37,7 +35,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """The clock (`time.perf_counter`) at the turns of a step."""
+    """A clock, in seconds, at the turns of a step."""
 
     begin: float
     have_data: float

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections import deque
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
+from torch import Tensor
 
 from pmc_llama import checkpoint, starting
 from pmc_llama.backends import build_backend, check_sharding
@@ -22,12 +24,13 @@ from pmc_llama.dry_run import dry_run
 from pmc_llama.flops import model_flops_per_token, model_flops_utilization
 from pmc_llama.guards import Guard, check_skip_steps
 from pmc_llama.huggingface_tokenizer import check_tokenizer
+from pmc_llama.in_flight import Numbers, StepClock
 from pmc_llama.lora import peft_version
 from pmc_llama.metrics import Metrics, peak_memory
 from pmc_llama.profiling import StepProfiler
 from pmc_llama.provenance import describe_start
 from pmc_llama.rank_log import rank_log
-from pmc_llama.records import StepRecord, StepTimes
+from pmc_llama.records import StepRecord
 from pmc_llama.run_lock import only_writer
 from pmc_llama.saving import CheckpointSaver, SaveOutcome
 from pmc_llama.schedule import learning_rate
@@ -77,31 +80,62 @@ UNPROFILED_STEPS = 5
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a run stands after a step.
+class Taken:
+    """What a run has taken of its data when a step is made, whatever came of it.
 
     Attributes:
         step: steps made.
-        updates: of those, how many changed the weights.
         samples: sequences consumed.
         tokens: inputs consumed, padding included; in `whole` mode those of the documents.
         covered: tokens of each corpus that were targets.
-        guard: what the numerical guard remembers.
     """
 
     step: int
-    updates: int
     samples: int
     tokens: int
     covered: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Place(Taken):
+    """Where a run stands after a step.
+
+    Attributes:
+        updates: of the steps made, how many changed the weights.
+        guard: what the numerical guard remembers.
+    """
+
+    updates: int
     guard: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A step that was sent to the device.
+
+    Attributes:
+        taken: when it is made.
+        tokens: inputs of its batch.
+        targets: of its batch, over all ranks.
+        rate: learning rate.
+        numbers: its summed loss over all ranks, gradient norm, refusal, requests to stop, failed saves.
+        clock: its times.
+    """
+
+    taken: Taken
+    tokens: int
+    targets: int
+    rate: float
+    numbers: Numbers
+    clock: StepClock
 
 
 class Trainer:
     """One run on one rank.
 
     Attributes:
-        place: where the run stands.
+        place: where the run stands, as far as the host has learned.
+        sent: steps that the host has sent and not learned of yet; one at most when the next is sent.
         steps: of the whole run.
     """
 
@@ -137,6 +171,9 @@ class Trainer:
             ranks, recipe.output / "logs", recipe.hangs, background=[self.saver.group], console=console
         )
         self.asked_to_stop = False
+        late = recipe.speed.read_late
+        self.behind = int(device.type == "cuda" if late is None else late)
+        self.sent: deque[Sent] = deque()
         self.stall_seconds = 0.0  # of a checkpoint, since the last step
 
     # --- the life of a run -----------------------------------------------------------------------------
@@ -161,7 +198,7 @@ class Trainer:
             self._begin()
             starting.load_first_weights(recipe, self.config, self.backend, self.group)
         startup.reached("weights")
-        self.guard = Guard(recipe.guards, self.place.guard)
+        self.guard = Guard(recipe.guards, self.place.guard, self.device)
         self.last_updated, self.saved_step = self.place, self.place.step
         self.batches = self.data.batches(recipe.batch, self.ranks.rank, self.ranks.world_size)
         self.steps = recipe.schedule.steps or self.place.step + self.data.steps_left(
@@ -198,24 +235,20 @@ class Trainer:
             self.watchdog.enter("dry run")
             self.metrics.say(dry_run(self.backend, self.recipe, self.config.vocab_size, self.device))
             startup.reached("dry run")
-        first_step = self.place.step + 1
-        while self.place.step < self.steps and not self.asked_to_stop:
-            if self.guard.passes_over(self.place.step + 1):
+        self.startup, self.first_step = startup, self.place.step + 1
+        while self.taken.step < self.steps and not self.asked_to_stop:
+            if self.guard.passes_over(self.taken.step + 1):
+                self._catch_up(0)
                 self._pass_over()
                 continue
-            record = self.train_step()
-            if record.step == first_step:
-                startup.reached("step")
-                self.metrics.say(str(startup))
-            if self._due(self.recipe.evaluation.every_steps) or record.step == 1:
-                record = dataclasses.replace(record, heldout_loss=self.heldout_loss())
-            self.metrics.record(record)
-            self.watchdog.step_made(record.step)
-            self._tell(self.saver.poll())
-            if self.guard.must_stop:
-                self._give_up(str(record.skipped))
-            if self._due(self.recipe.checkpoint.every_steps) and not self.guard.skipped_in_a_row:
+            self.send_step()
+            step = self.taken.step
+            saves = self._due(step, self.recipe.checkpoint.every_steps)
+            evaluates = step == 1 or self._due(step, self.recipe.evaluation.every_steps)
+            self._catch_up(0 if saves or evaluates or step == self.first_step else self.behind)
+            if saves and not self.guard.skipped_in_a_row:
                 self.save_checkpoint(self.place)
+        self._catch_up(0)
         if self.place.step > self.saved_step:
             self.save_checkpoint(self.place)
         self.watchdog.enter("finishing the last checkpoint", saving=True)
@@ -225,31 +258,50 @@ class Trainer:
         self.stopping.obeyed()
         return self.place.step == self.steps
 
-    def train_step(self) -> StepRecord:
-        """One step over one global batch: an update, or none where the guard objects."""
-        recipe, begin, step = self.recipe, time.perf_counter(), self.place.step + 1
-        tokens_before = self.place.tokens
+    def send_step(self) -> None:
+        """Send one step over one global batch to the device: an update, or none where the guard objects.
+
+        Nothing here waits for a number of the device; `learn` reads them.
+        """
+        recipe, before, step = self.recipe, self.taken, self.taken.step + 1
+        clock = StepClock(self.device)
+        clock.turn()
         self.profiler.step_begins(step)
         self._enter("reading a batch")
-        batch = self.batches.batch(self.place.samples)
-        have_data = time.perf_counter()
+        batch = self.batches.batch(before.samples)
+        clock.turn()
         self._enter("forward and backward")
         targets = max(batch.targets, 1)
-        summed = self.backend.forward_backward(batch.micro_batches, targets)
-        loss = self._agree(summed, targets)
-        have_gradients = time.perf_counter()
-        rate = learning_rate(step, self.steps, recipe.optimizer.learning_rate, recipe.schedule)
+        summed = self.backend.forward_backward(batch.micro_batches, targets, step)
+        loss, asked, failures = self._sum_over_ranks(summed)
+        clock.turn()
         self._enter("the optimizer's step")
+        rate = learning_rate(step, self.steps, recipe.optimizer.learning_rate, recipe.schedule)
         grad_norm = self.backend.clip(recipe.optimizer.max_grad_norm)
-        objection = self.guard.objection(loss, grad_norm)
-        if objection:
-            self.backend.discard()
-        else:
-            self.backend.step(rate)
-        self._advance(updated=objection is None)
-        times = StepTimes(begin, have_data, have_gradients, time.perf_counter())
+        refused = self.guard.judge(loss / targets, grad_norm)
+        self.backend.step(rate, refused)
+        clock.turn()
+        taken = self._taken_after(before)
+        numbers = Numbers([loss, grad_norm, refused, asked, failures])
+        self.sent.append(Sent(taken, taken.tokens - before.tokens, targets, rate, numbers, clock))
         self.profiler.step_ends(step)
-        return self._describe(loss, grad_norm, rate, objection, times, self.place.tokens - tokens_before)
+
+    def learn(self) -> StepRecord:
+        """Learn what came of the first of the steps sent.
+
+        Raises:
+            UserError: too many checkpoints in a row could not be written.
+        """
+        self.watchdog.enter("waiting for the device")
+        sent = self.sent.popleft()
+        summed, grad_norm, refused, asked, failures = sent.numbers.read()
+        # The ranks see the end of a save at different steps: it counts once all have.
+        self.saver.stop_if_failing(int(failures) // self.ranks.world_size)
+        self.asked_to_stop |= asked > 0
+        loss = summed / sent.targets
+        objection = self.guard.learn(loss, grad_norm, refused > 0)
+        self._advance(sent.taken, updated=objection is None)
+        return self._describe(sent, loss, grad_norm, objection)
 
     def heldout_loss(self) -> float | None:
         """Mean loss in nats a token on the held-out papers; None when the corpus keeps none."""
@@ -291,63 +343,81 @@ class Trainer:
 
     def _begin(self) -> None:
         self.data = TrainingData(self.sources, self.recipe.data, self.recipe.seed)
-        self.place = Place(0, 0, 0, 0, self.data.covered, guard={})
+        self.place = Place(0, 0, 0, self.data.covered, updates=0, guard={})
 
     def _go_on_from(self, manifest: Manifest) -> None:
         recipe = self.recipe
         self.data = TrainingData(self.sources, recipe.data, recipe.seed, manifest.data, manifest.samples)
         self.place = Place(
             manifest.step,
-            manifest.updates,
             manifest.samples,
             manifest.tokens,
             self.data.covered,
-            manifest.guard,
+            updates=manifest.updates,
+            guard=manifest.guard,
         )
 
-    def _agree(self, summed: torch.Tensor, targets: int) -> float:
+    @property
+    def taken(self) -> Taken:
+        """What is taken of the data by the steps sent so far."""
+        return self.sent[-1].taken if self.sent else self.place
+
+    def _taken_after(self, before: Taken) -> Taken:
+        size = self.recipe.batch.global_size
+        return Taken(
+            step=before.step + 1,
+            samples=before.samples + size,
+            tokens=before.tokens + self.batches.tokens(before.samples),
+            covered=self.data.covered_after(before.covered, before.samples, size),
+        )
+
+    def _catch_up(self, behind: int) -> None:
+        """Learn of the steps sent, and tell of them, until the host is no more than `behind` steps behind."""
+        while len(self.sent) > behind:
+            record = self.learn()
+            if record.step == self.first_step:
+                self.startup.reached("step")
+                self.metrics.say(str(self.startup))
+            if record.step == 1 or self._due(record.step, self.recipe.evaluation.every_steps):
+                record = dataclasses.replace(record, heldout_loss=self.heldout_loss())
+            self.metrics.record(record)
+            self.watchdog.step_made(record.step)
+            self._tell(self.saver.poll())
+            if self.guard.must_stop:
+                self._give_up(str(record.skipped))
+
+    def _sum_over_ranks(self, summed: Tensor) -> Tensor:
         """What the ranks tell one another in a step, in one all-reduce: losses, requests to stop, failures.
 
         Returns:
-            The mean loss over the global batch.
-
-        Raises:
-            UserError: too many checkpoints in a row could not be written.
+            fp64 [3], each summed over the ranks.
         """
-        told = [self.stopping.asked, self.saver.failures]
-        totals = torch.cat([summed.view(1), torch.tensor(told, dtype=torch.float64, device=self.device)])
+        told = torch.tensor([self.stopping.asked, self.saver.failures], dtype=torch.float64)
+        totals = torch.cat([summed.view(1), told.to(self.device, non_blocking=True)])
         dist.all_reduce(totals)
-        loss, asked, failures = totals.tolist()
-        # The ranks see the end of a save at different steps: it counts once all have.
-        self.saver.stop_if_failing(int(failures) // self.ranks.world_size)
-        self.asked_to_stop = asked > 0
-        return float(loss) / targets
+        return totals
 
     def _enter(self, phase: str) -> None:
         """A step enters a phase: told to those who watch it."""
         self.watchdog.enter(phase)
         self.profiler.phase(phase)
 
-    def _advance(self, updated: bool) -> None:
+    def _advance(self, taken: Taken, updated: bool) -> None:
         """Note that a step is made; one without an update has taken its batch all the same."""
-        place, size = self.place, self.recipe.batch.global_size
-        self.place = Place(
-            step=place.step + 1,
-            updates=place.updates + updated,
-            samples=place.samples + size,
-            tokens=place.tokens + self.batches.tokens(place.samples),
-            covered=self.data.covered_after(place.covered, place.samples, size),
-            guard=self.guard.state(),
-        )
+        updates = self.place.updates + updated
+        self.place = Place(**vars(taken), updates=updates, guard=self.guard.state())
         if updated:
             self.last_updated = self.place
 
     def _pass_over(self) -> None:
-        self._advance(updated=False)
+        self._advance(self._taken_after(self.place), updated=False)
         self.metrics.say(f"step {self.place.step} is passed over (guards.skip_steps)")
 
     def _give_up(self, reason: str) -> None:
-        """Publish the state before the updates that were skipped, and end the run."""
+        """Publish the state before the updates that were skipped, and end the run.
+
+        A step sent meanwhile has changed nothing: the guard refuses it on the device.
+        """
         good = self.last_updated
         if good.step > self.saved_step:
             self.save_checkpoint(good)
@@ -355,8 +425,8 @@ class Trainer:
         self._tell(self.saver.wait())
         raise self.guard.stop(good.step, self.place.step, reason)
 
-    def _due(self, every: int) -> bool:
-        return self.place.step == self.steps or self.place.step % every == 0
+    def _due(self, step: int, every: int) -> bool:
+        return step == self.steps or step % every == 0
 
     def _manifest(self, place: Place, files: FileTable) -> Manifest:
         return Manifest(
@@ -408,10 +478,9 @@ class Trainer:
         of_all = f" trained, of {trained + frozen:,}" if frozen else ""
         return f"{trained:,} parameters{of_all}"
 
-    def _describe(
-        self, loss: float, grad_norm: float, rate: float, skipped: str | None, times: StepTimes, tokens: int
-    ) -> StepRecord:
-        place, speed = self.place, tokens / times.step_seconds
+    def _describe(self, sent: Sent, loss: float, grad_norm: float, skipped: str | None) -> StepRecord:
+        place, times, tokens = self.place, sent.clock.times(), sent.tokens
+        speed = tokens / times.step_seconds
         length = round(tokens / self.recipe.batch.global_size)  # of whole documents the mean
         stall_seconds, self.stall_seconds = self.stall_seconds, 0.0
         return StepRecord(
@@ -425,7 +494,7 @@ class Trainer:
             loss=loss,
             grad_norm=grad_norm,
             skipped=skipped,
-            learning_rate=rate,
+            learning_rate=sent.rate,
             step_seconds=times.step_seconds,
             data_seconds=times.data_seconds,
             forward_backward_seconds=times.forward_backward_seconds,

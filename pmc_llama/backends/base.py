@@ -4,7 +4,6 @@ A backend owns parameters, gradients and optimizer state. Its state has the same
 whatever the backend and the world size, so it can be written by one and read by another.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
@@ -20,32 +19,40 @@ from pmc_llama.randomness import DROPOUT, random_bits
 class Backend(Protocol):
     """A sharded LLaMA with its AdamW. Every method is collective: all ranks call it together."""
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], targets: int) -> Tensor:
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], targets: int, step: int = 0) -> Tensor:
         """Accumulate the gradient of (loss summed over all ranks' micro-batches) / `targets`.
 
         Args:
             micro_batches: this rank's part of the global batch, the same number on every rank.
             targets: targets of the whole global batch.
+            step: number of the step, of which dropout draws its random numbers.
 
         Returns:
             fp64 scalar on the device: this rank's summed loss.
         """
 
-    def clip(self, max_norm: float) -> float:
-        """Scale the accumulated gradients down to a global norm of `max_norm`.
+    def clip(self, max_norm: float) -> Tensor:
+        """Have the next update scale the accumulated gradients down to a global norm of `max_norm`.
 
         Returns:
-            The global gradient norm before scaling, the same bits on every rank; not finite when a gradient
-            is not, which are then only good to be discarded.
+            fp64 scalar on the device: the global gradient norm before scaling, the same bits on every rank;
+            not finite when a gradient is not, and no update must then be made.
         """
 
-    def step(self, learning_rate: float) -> None:
-        """Update the weights by the accumulated gradients, which are finite, and clear those."""
+    def step(self, learning_rate: float, refused: Tensor | None = None) -> None:
+        """Update the weights by the accumulated gradients, and clear those.
+
+        Args:
+            learning_rate: of this update.
+            refused: fp32 scalar on the device: where it is 1, weights, moments and the count of updates stay
+                as they are. None: the update is made.
+        """
 
     def discard(self) -> None:
         """Clear the accumulated gradients, finite or not, without an update.
 
         Everything is then as before `forward_backward`, and the next step gives the same bits as without it.
+        A step that is refused leaves the same behind.
         """
 
     def step_bytes(self) -> int:
@@ -80,21 +87,22 @@ class Backend(Protocol):
 def model_arguments(batch: MicroBatch, device: torch.device) -> tuple[Tensor | None, ...]:
     """What `LlamaForPretraining.forward` takes of a micro-batch, on the device of the model."""
     tensors = (batch.inputs, batch.labels, batch.positions)
-    return tuple(None if tensor is None else tensor.to(device) for tensor in tensors)
+    # From pinned memory the copy is the device's affair, and the host goes on.
+    return tuple(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors)
 
 
 def seeded(
-    micro_batches: Sequence[MicroBatch], recipe: Recipe, updates: Tensor, device: torch.device
+    micro_batches: Sequence[MicroBatch], recipe: Recipe, step: int, device: torch.device
 ) -> Iterator[MicroBatch]:
     """Each micro-batch in turn, with dropout's random numbers set for it; afterwards all is as it was before.
 
-    The numbers are a function of seed, updates, rank and place in the step: a resumed run draws those that it
+    The numbers are a function of seed, step, rank and place in the step: a resumed run draws those that it
     would have drawn, a step that is taken back leaves no trace, and both backends draw the same.
 
     Args:
         micro_batches: of this rank's step.
         recipe: of the run; without `lora` there is no dropout.
-        updates: made before this step, a whole number.
+        step: its number.
         device: whose generator draws.
     """
     if recipe.lora is None:
@@ -102,7 +110,7 @@ def seeded(
         return
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for place, batch in enumerate(micro_batches):
-            torch.manual_seed(int(random_bits(recipe.seed, DROPOUT, int(updates), dist.get_rank(), place)))
+            torch.manual_seed(int(random_bits(recipe.seed, DROPOUT, step, dist.get_rank(), place)))
             yield batch
 
 
@@ -148,31 +156,56 @@ def build_optimizer(model: nn.Module, optimizer: OptimizerConfig) -> torch.optim
     )
 
 
-def clip_gradients(
-    shards: Iterable[Tensor], max_norm: float, device: torch.device, counted: bool = True
-) -> float:
-    """Scale gradient shards in place to a global norm of at most `max_norm`; return the norm before.
+def tell_update(
+    optimizer: torch.optim.AdamW, learning_rate: float, refused: Tensor | None, device: torch.device
+) -> None:
+    """Set the rate of the next update, and on the device whether it is made: `refused`, see `Backend.step`.
+
+    Args:
+        optimizer: fused, which takes `found_inf` for that, as it takes `grad_scale`.
+        learning_rate: of every group.
+        refused: None makes the update.
+        device: of the masters; for host memory the host waits here until it is known.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.found_inf = None if refused is None else refused.to(device)  # type: ignore[attr-defined]
+
+
+def gradient_norm(shards: Iterable[Tensor], device: torch.device, counted: bool = True) -> Tensor:
+    """The global norm of gradients that are cut into shards, with no word to the host.
 
     Squares are summed in fp64, so the norm does not depend on how the gradient is cut into shards beyond
-    the last bits of an fp64, and one backend clips by the very factor that another does. The factor is
-    torch.nn.utils.clip_grad_norm_'s: max_norm / (norm + 1e-6), at most 1. A norm that is not finite scales
-    nothing.
+    the last bits of an fp64, and one backend clips by the very factor that another does. A sum of squares
+    beyond fp32 gives inf: AdamW's second moment could not hold it, and DeepSpeed refuses such a gradient.
 
     Args:
         shards: this rank's part of every gradient, without padding, on whatever device.
-        max_norm: above 0.
         device: of the reduction.
         counted: whether this rank's shards are part of the norm. Of ranks that hold the same shards one is
             counted; the others add zero to the one sum over all ranks, so that all get the same bits.
+
+    Returns:
+        fp64 scalar on `device`, the same bits on every rank.
     """
-    shards = [shard for shard in shards if shard.numel()]
-    norms = [torch.linalg.vector_norm(shard, dtype=torch.float64) for shard in shards if counted]
+    norms = [
+        torch.linalg.vector_norm(shard, dtype=torch.float64) for shard in shards if counted and shard.numel()
+    ]
     total = torch.zeros((), dtype=torch.float64, device=device)
     if norms:
         total += torch.stack(norms).square().sum().to(device)
     dist.all_reduce(total)
-    norm = float(total.sqrt())
-    factor = max_norm / (norm + 1e-6)
-    if math.isfinite(norm) and factor < 1:
-        torch._foreach_mul_(shards, factor)
-    return norm
+    return torch.where(total > torch.finfo(torch.float32).max, torch.inf, total.sqrt())
+
+
+def clip_divisor(norm: Tensor, max_norm: float) -> Tensor:
+    """What AdamW divides gradients by so that their norm is at most `max_norm`: fp32 scalar, at least 1.
+
+    The inverse of torch.nn.utils.clip_grad_norm_'s factor, max_norm / (norm + 1e-6), at most 1. The fused
+    AdamW takes it as `grad_scale`, and reads each gradient once for both.
+
+    Args:
+        norm: fp64 scalar.
+        max_norm: above 0.
+    """
+    return ((norm + 1e-6) / max_norm).clamp(min=1.0).float()

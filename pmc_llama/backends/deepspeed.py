@@ -22,10 +22,12 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from pmc_llama.backends.base import (
     build_optimizer,
-    clip_gradients,
+    clip_divisor,
     frozen_parameters,
+    gradient_norm,
     model_arguments,
     seeded,
+    tell_update,
     trained_parameters,
 )
 from pmc_llama.backends.flat_shard import FlatShard
@@ -141,7 +143,8 @@ class DeepSpeedBackend:
         self.recipe = recipe
         self.device = device
         self.zero = engine.optimizer  # the ZeRO-3 optimizer around torch.optim.AdamW
-        self.steps = torch.zeros((), dtype=torch.int64)
+        self.updates = torch.zeros((), dtype=torch.int64)
+        self.masters = self.zero.fp32_partitioned_groups_flat[0].device
         # AdamW makes its moments at the first update; a checkpoint may be read before that.
         for flat in self.zero.fp32_partitioned_groups_flat:
             self.zero.optimizer.state[flat] = {
@@ -150,14 +153,14 @@ class DeepSpeedBackend:
                 "exp_avg_sq": torch.zeros_like(flat.data),
             }
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], targets: int) -> Tensor:
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], targets: int, step: int = 0) -> Tensor:
         """See `Backend.forward_backward`."""
         self.engine.train()
         # ZeRO-3 averages over the ranks; this makes the average the sum over all targets.
         scale = dist.get_world_size() / targets
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         depth = len(FWD_MODULE_STACK)
-        in_turn = seeded(micro_batches, self.recipe, self.steps, self.device)
+        in_turn = seeded(micro_batches, self.recipe, step, self.device)
         for number, batch in enumerate(in_turn, start=1):
             self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
             loss = self.engine(*model_arguments(batch, self.device))
@@ -167,18 +170,22 @@ class DeepSpeedBackend:
             del FWD_MODULE_STACK[depth:]
         return total
 
-    def clip(self, max_norm: float) -> float:
+    def clip(self, max_norm: float) -> Tensor:
         """See `Backend.clip`."""
-        return clip_gradients(self._gradient_shards(), max_norm, self.device)
+        norm = gradient_norm(self._gradient_shards(), self.device)
+        self.zero.optimizer.grad_scale = clip_divisor(norm, max_norm).to(self.masters)
+        return norm
 
-    def step(self, learning_rate: float) -> None:
-        """See `Backend.step`."""
-        for group in self.zero.optimizer.param_groups:
-            group["lr"] = learning_rate
+    def step(self, learning_rate: float, refused: Tensor | None = None) -> None:
+        """See `Backend.step`.
+
+        The host waits here: DeepSpeed computes a norm of its own, and reads it. For one that is not finite it
+        makes no update itself, and otherwise the copies in the compute dtype follow the masters, which a
+        refused update has not changed.
+        """
+        tell_update(self.zero.optimizer, learning_rate, refused, self.masters)
         self.engine.step()
-        if not self.engine.was_step_applied():
-            raise RuntimeError("DeepSpeed refused an update for gradients that are not finite; discard those")
-        self.steps += 1
+        self.zero.optimizer.grad_scale = None
 
     def discard(self) -> None:
         """See `Backend.discard`."""
@@ -186,6 +193,7 @@ class DeepSpeedBackend:
         self.zero._pre_step()
         self.zero._partition_all_parameters()
         self.zero._overflow_clean_up(self.zero.loss_scale)
+        self.zero.optimizer.grad_scale = None  # what was clipped is gone
 
     def step_bytes(self) -> int:
         """See `Backend.step_bytes`: the fp32 gradients of one group of parameters are laid end to end.
@@ -205,7 +213,10 @@ class DeepSpeedBackend:
 
     def state(self) -> dict[str, Tensor]:
         """See `Backend.state`."""
-        state: dict[str, Tensor] = {"optim.step": self.steps}
+        # AdamW counts where it updates, and a refused update is not counted.
+        first = self.zero.fp32_partitioned_groups_flat[0]
+        self.updates.copy_(self.zero.optimizer.state[first]["step"])
+        state: dict[str, Tensor] = {"optim.step": self.updates}
         for name, parameter in trained_parameters(self.engine.module).items():
             flat, where = self._place(parameter)
             moments = self.zero.optimizer.state[flat]
@@ -226,7 +237,7 @@ class DeepSpeedBackend:
         """See `Backend.state_loaded`: the compute-dtype copies follow the masters, as after an update."""
         self.zero._partition_all_parameters()
         for number, flat in enumerate(self.zero.fp32_partitioned_groups_flat):
-            self.zero.optimizer.state[flat]["step"].fill_(self.steps.item())
+            self.zero.optimizer.state[flat]["step"].fill_(self.updates.item())
             self.zero._reassign_or_swap_out_partitioned_parameters(number)
         persistent = self.zero.persistent_parameters
         if persistent:  # small parameters that every rank keeps whole

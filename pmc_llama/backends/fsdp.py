@@ -19,10 +19,12 @@ from transformers import LlamaConfig
 from data_tools.errors import UserError
 from pmc_llama.backends.base import (
     build_optimizer,
-    clip_gradients,
+    clip_divisor,
     frozen_parameters,
+    gradient_norm,
     model_arguments,
     seeded,
+    tell_update,
     trained_parameters,
 )
 from pmc_llama.backends.recomputation import checkpoint_activations
@@ -120,13 +122,14 @@ class FsdpBackend:
         self.model = model
         self.device = device
         self.optimizer = build_optimizer(model, recipe.optimizer)
-        self.steps = torch.zeros((), dtype=torch.int64)
+        self.updates = torch.zeros((), dtype=torch.int64)
         # In hybrid sharding the groups hold the same shards, of which those of the first are counted.
         self.in_first_group = dist.get_rank() < (recipe.sharding.shard_group or dist.get_world_size())
         # Between forward and backward the module has whole parameters by these names; these are the shards.
         self.parameters = trained_parameters(model)
         self.frozen_parameters = frozen_parameters(model)
         self.recipe = recipe
+        self.masters = next(iter(self.parameters.values())).device
         # AdamW makes its moments at the first update; a checkpoint may be read before that.
         for parameter in self.parameters.values():
             self.optimizer.state[parameter] = {
@@ -135,34 +138,35 @@ class FsdpBackend:
                 "exp_avg_sq": torch.zeros_like(parameter.data),
             }
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], targets: int) -> Tensor:
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], targets: int, step: int = 0) -> Tensor:
         """See `Backend.forward_backward`."""
         self.model.train()
         # fully_shard averages over the ranks; this makes the average the sum over all targets.
         scale = dist.get_world_size() / targets
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in seeded(micro_batches, self.recipe, self.steps, self.device):
+        for batch in seeded(micro_batches, self.recipe, step, self.device):
             loss = self.model(*model_arguments(batch, self.device))
             (loss * scale).backward()
             total += loss.detach()
         return total
 
-    def clip(self, max_norm: float) -> float:
+    def clip(self, max_norm: float) -> Tensor:
         """See `Backend.clip`."""
         gradients = [_local(parameter.grad) for parameter in self.parameters.values()]
-        return clip_gradients(gradients, max_norm, self.device, counted=self.in_first_group)
+        norm = gradient_norm(gradients, self.device, counted=self.in_first_group)
+        self.optimizer.grad_scale = clip_divisor(norm, max_norm).to(self.masters)  # type: ignore[attr-defined]
+        return norm
 
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float, refused: Tensor | None = None) -> None:
         """See `Backend.step`."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        tell_update(self.optimizer, learning_rate, refused, self.masters)
         self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.steps += 1
+        self.discard()
 
     def discard(self) -> None:
         """See `Backend.discard`."""
         self.optimizer.zero_grad()
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]  # what was clipped is gone
 
     def step_bytes(self) -> int:
         """See `Backend.step_bytes`: the fused AdamW works in place."""
@@ -180,7 +184,10 @@ class FsdpBackend:
 
     def state(self) -> dict[str, Tensor]:
         """See `Backend.state`."""
-        state: dict[str, Tensor] = {"optim.step": self.steps}
+        # AdamW counts where it updates, and a refused update is not counted.
+        first = next(iter(self.parameters.values()))
+        self.updates.copy_(self.optimizer.state[first]["step"])
+        state: dict[str, Tensor] = {"optim.step": self.updates}
         for name, parameter in self.parameters.items():
             state[f"model.{name}"] = parameter.data
             for moment in ("exp_avg", "exp_avg_sq"):
@@ -194,7 +201,7 @@ class FsdpBackend:
     def state_loaded(self) -> None:
         """See `Backend.state_loaded`."""
         for parameter_state in self.optimizer.state.values():
-            parameter_state["step"].fill_(self.steps.item())
+            parameter_state["step"].fill_(self.updates.item())
 
     def close(self) -> None:
         """See `Backend.close`."""

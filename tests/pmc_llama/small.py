@@ -130,5 +130,5 @@ def train_steps(backend: Backend, first: int, last: int, accumulation: int) -> l
         dist.all_reduce(loss)
         norm = backend.clip(0.5)
         backend.step(1e-2)
-        history.append((float(loss) / targets, norm))
+        history.append((float(loss) / targets, float(norm)))
     return history

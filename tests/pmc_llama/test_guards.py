@@ -7,6 +7,7 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,10 +34,17 @@ def _steady(count: int, seed: int = 0) -> list[tuple[float, float]]:
     return [(draw.gauss(3.0, 0.01), draw.gauss(0.8, 0.05)) for _ in range(count)]
 
 
+def _objection(guard: Guard, loss: float, norm: float) -> str | None:
+    """A step as the trainer takes it, the host right behind the device."""
+    refused = guard.judge(*(torch.tensor(value, dtype=torch.float64) for value in (loss, norm)))
+    assert refused.item() in (0.0, 1.0)
+    return guard.learn(loss, norm, bool(refused))
+
+
 def _fed(config: GuardConfig, values: list[tuple[float, float]]) -> Guard:
     guard = Guard(config)
     for loss, norm in values:
-        guard.objection(loss, norm)
+        _objection(guard, loss, norm)
     return guard
 
 
@@ -47,17 +55,17 @@ def _fed(config: GuardConfig, values: list[tuple[float, float]]) -> Guard:
 @pytest.mark.parametrize("config", [GuardConfig(), SPIKES])
 def test_no_update_is_made_for_a_loss_or_norm_that_is_not_finite(bad: float, config: GuardConfig) -> None:
     guard = Guard(config)
-    assert guard.objection(3.0, 1.0) is None
-    assert guard.objection(bad, 1.0) == f"loss {bad:.6g} and gradient norm 1"
-    assert guard.objection(3.0, bad) == f"loss 3 and gradient norm {bad:.6g}"
-    assert guard.objection(3.0, 1.0) is None
+    assert _objection(guard, 3.0, 1.0) is None
+    assert _objection(guard, bad, 1.0) == f"loss {bad:.6g} and gradient norm 1"
+    assert _objection(guard, 3.0, bad) == f"loss 3 and gradient norm {bad:.6g}"
+    assert _objection(guard, 3.0, 1.0) is None
     assert (guard.skipped, guard.skipped_in_a_row) == (2, 0)
 
 
 def test_numbers_that_are_not_finite_do_not_change_what_a_spike_is() -> None:
     steady, bad = _steady(8), [(math.nan, 1.0), (3.0, math.inf)]
     assert _fed(SPIKES, steady[:4] + bad + steady[4:]).state()["losses"] == [loss for loss, _ in steady]
-    assert _fed(SPIKES, steady[:4] + bad + steady[4:]).objection(9.0, 0.8)
+    assert _objection(_fed(SPIKES, steady[:4] + bad + steady[4:]), 9.0, 0.8)
 
 
 # --- spikes ------------------------------------------------------------------------------------------------
@@ -67,12 +75,12 @@ def test_numbers_that_are_not_finite_do_not_change_what_a_spike_is() -> None:
 def test_a_spike_is_a_value_many_deviations_above_the_mean_of_the_window_before_it(
     values: list[tuple[float, float]], deviations: float
 ) -> None:
-    guard = Guard(dataclasses.replace(SPIKES, spike_deviations=deviations))
+    guard = Guard(dataclasses.replace(SPIKES, spike_deviations=deviations, max_skipped=99))
     for step, pair in enumerate(values):
         window = np.array(values[max(0, step - 8) : step]).reshape(-1, 2)
         known = len(window) >= 4
         limits = window.mean(axis=0) + deviations * window.std(axis=0, ddof=1) if known else [math.inf] * 2
-        objection = guard.objection(*pair)
+        objection = _objection(guard, *pair)
         # Within rounding of the limit either answer is right.
         if not any(
             math.isclose(value, limit, rel_tol=1e-9) for value, limit in zip(pair, limits, strict=True)
@@ -84,25 +92,25 @@ def test_a_spike_is_a_value_many_deviations_above_the_mean_of_the_window_before_
 def test_the_objection_to_a_spike_names_the_value_and_its_limit(
     spike: tuple[float, float], word: str
 ) -> None:
-    objection = _fed(SPIKES, _steady(8)).objection(*spike)
+    objection = _objection(_fed(SPIKES, _steady(8)), *spike)
     assert objection is not None
     assert objection.startswith(word)
     assert "3 deviations over the last 8" in objection
 
 
 def test_a_loss_far_below_the_others_is_no_spike() -> None:
-    assert _fed(SPIKES, _steady(8)).objection(0.1, 0.01) is None
+    assert _objection(_fed(SPIKES, _steady(8)), 0.1, 0.01) is None
 
 
 def test_nothing_is_a_spike_before_half_the_window_is_known_or_when_spikes_are_not_guarded() -> None:
-    assert _fed(SPIKES, _steady(3)).objection(1e9, 1e9) is None
-    assert _fed(SPIKES, _steady(4)).objection(1e9, 1e9) is not None
-    assert _fed(GuardConfig(), _steady(200)).objection(1e9, 1e9) is None
+    assert _objection(_fed(SPIKES, _steady(3)), 1e9, 1e9) is None
+    assert _objection(_fed(SPIKES, _steady(4)), 1e9, 1e9) is not None
+    assert _objection(_fed(GuardConfig(), _steady(200)), 1e9, 1e9) is None
 
 
 def test_a_lasting_change_of_level_costs_only_the_steps_that_the_docstring_promises() -> None:
     guard = _fed(GuardConfig(spike_deviations=6.0, spike_window=128), _steady(128))
-    refused = [guard.objection(loss + 5.0, norm) is not None for loss, norm in _steady(60, seed=1)]
+    refused = [_objection(guard, loss + 5.0, norm) is not None for loss, norm in _steady(60, seed=1)]
     assert refused == [True] * 4 + [False] * 56
 
 
@@ -112,18 +120,28 @@ def test_a_lasting_change_of_level_costs_only_the_steps_that_the_docstring_promi
 def test_a_run_stops_after_more_skipped_updates_in_a_row_than_allowed_and_not_for_as_many_apart() -> None:
     guard = Guard(GuardConfig(max_skipped=2))
     for _ in range(10):
-        guard.objection(math.nan, 1.0)
-        guard.objection(math.nan, 1.0)
+        _objection(guard, math.nan, 1.0)
+        _objection(guard, math.nan, 1.0)
         assert not guard.must_stop
-        guard.objection(3.0, 1.0)
+        _objection(guard, 3.0, 1.0)
     for expected in (False, False, True):
-        guard.objection(math.nan, 1.0)
+        _objection(guard, math.nan, 1.0)
         assert guard.must_stop is expected
+
+
+def test_no_update_is_made_once_the_run_must_stop_even_before_the_host_knows() -> None:
+    guard = Guard(GuardConfig(max_skipped=1))
+    nan, good = (torch.tensor(value, dtype=torch.float64) for value in (math.nan, 3.0))
+    assert [float(guard.judge(loss, good)) for loss in (nan, good, nan, nan, good)] == [1, 0, 1, 1, 1]
+    for _ in range(2):
+        guard.learn(math.nan, 3.0, True)
+    assert guard.must_stop
+    assert guard.learn(3.0, 3.0, True) == "following 2 updates that were skipped"
 
 
 def test_the_sentence_of_a_stop_names_steps_limit_reason_and_what_to_do() -> None:
     guard, reason = Guard(GuardConfig(max_skipped=0)), ""
-    reason = guard.objection(math.nan, 2.0) or ""
+    reason = _objection(guard, math.nan, 2.0) or ""
     sentence = str(guard.stop(6, 7, reason))
     for part in ("step 7", "guards.max_skipped, 0", "loss nan", "step 6", "--guards.skip_steps='[[7, 7]]'"):
         assert part in sentence
@@ -170,9 +188,22 @@ def test_a_guard_resumed_anywhere_from_its_json_decides_as_one_never_interrupted
     for step, pair in enumerate(values):
         if step in interrupted:
             resumed = Guard(config, json.loads(json.dumps(resumed.state(), allow_nan=False)))
-        assert resumed.objection(*pair) == whole.objection(*pair)
+        assert _objection(resumed, *pair) == _objection(whole, *pair)
         assert resumed.must_stop == whole.must_stop
         assert resumed.state() == whole.state()
+
+
+@given(STEPS, CONFIGS)
+def test_a_host_that_learns_late_learns_the_same(
+    values: list[tuple[float, float]], config: GuardConfig
+) -> None:
+    late, prompt = Guard(config), Guard(config)
+    refused = [
+        bool(late.judge(*(torch.tensor(value, dtype=torch.float64) for value in pair))) for pair in values
+    ]
+    for pair, one in zip(values, refused, strict=True):
+        assert late.learn(*pair, one) == _objection(prompt, *pair)
+    assert late.state() == prompt.state()
 
 
 def test_a_shorter_window_at_a_resume_keeps_the_newest_values() -> None:

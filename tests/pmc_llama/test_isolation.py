@@ -52,13 +52,9 @@ def test_the_logits_of_a_packed_stream_are_those_of_each_document_alone(model: L
     stream = RandomStream(LENGTHS)
     batch = packed_row(stream)
     with torch.no_grad():
-        hidden = model.model(input_ids=batch.inputs, position_ids=batch.positions, use_cache=False)
-        packed = model.lm_head(hidden.last_hidden_state)[0]
-        alone = [
-            model.lm_head(model.model(input_ids=stream.document(n)[:, :-1]).last_hidden_state)[0]
-            for n in range(stream.documents)
-        ]
-        crossing = model.lm_head(model.model(input_ids=batch.inputs).last_hidden_state)[0]
+        packed = model.lm_head(model.hidden(batch.inputs, batch.positions))[0]
+        alone = [model.lm_head(model.hidden(stream.document(n)[:, :-1]))[0] for n in range(stream.documents)]
+        crossing = model.lm_head(model.hidden(batch.inputs))[0]
     assert len(packed) == 3000
     torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-5, atol=1e-6)
     assert (crossing - packed).abs().max() > 1e-3  # a model that does look across would be found out

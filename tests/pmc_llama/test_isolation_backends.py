@@ -39,7 +39,7 @@ def _packed_and_alone(directory: Path, backend_name: BackendName, sharding: Shar
         dist.all_reduce(loss)
         evaluated = torch.stack([backend.evaluate(batch) for batch in batches]).sum()
         dist.all_reduce(evaluated)
-        found.append((float(loss), float(evaluated), backend.clip(1e9)))
+        found.append((float(loss), float(evaluated), float(backend.clip(1e9))))
         backend.step(0.0)
     backend.close()
     if dist.get_rank() == 0:

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -237,13 +236,6 @@ def test_a_run_asked_to_stop_publishes_a_checkpoint_and_goes_on_from_it(
 # --- one process: guards, and refusals in one sentence with status 2 --------------------------------------
 
 
-@pytest.fixture
-def alone() -> Iterator[None]:
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 @pytest.mark.usefixtures("alone")
 def test_the_batches_of_steps_to_skip_are_passed_over(
     options: dict[str, str], recipe: Path, tmp_path: Path
@@ -301,12 +293,18 @@ def test_a_run_goes_on_with_the_new_papers_of_a_grown_corpus_when_told_to(
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("backend", ["deepspeed", "fsdp"])
+@pytest.mark.parametrize(("backend", "late"), [("deepspeed", "false"), ("fsdp", "false"), ("fsdp", "true")])
 def test_a_run_that_diverges_stops_with_a_checkpoint_from_before(
-    options: dict[str, str], recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], backend: str
+    options: dict[str, str],
+    recipe: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    backend: str,
+    late: str,
 ) -> None:
     run = tmp_path / "run"
     wild = {**options, "--optimizer.learning_rate": "1e37", "--guards.max_skipped": "2"}
+    wild["--speed.read_late"] = late
     arguments = command_line(recipe, wild, "--backend", backend, "--output", str(run))
     assert cli.main(["train", *arguments]) == 2
     said = capfd.readouterr().err
