@@ -22,6 +22,7 @@ from pmc_llama.data import Source, TrainingData, heldout, open_sources
 from pmc_llama.distributed import Ranks, connect, disconnect, discover
 from pmc_llama.dry_run import dry_run
 from pmc_llama.flops import model_flops_per_token, model_flops_utilization
+from pmc_llama.garbage import GarbageCollection
 from pmc_llama.guards import Guard, check_skip_steps
 from pmc_llama.huggingface_tokenizer import check_tokenizer
 from pmc_llama.in_flight import Numbers, StepClock
@@ -67,7 +68,7 @@ def train(recipe: Recipe, resume: str | None, started: float) -> int:
     logs = recipe.output / "logs"
     with only_writer(recipe.output, ranks.rank), rank_log(logs, ranks.rank) as console:
         trainer = Trainer(recipe, sources, ranks, device, started, console)
-        with trainer.stopping, trainer.watchdog:
+        with trainer.stopping, trainer.watchdog, trainer.garbage:
             trainer.start(resume, startup)
             finished = trainer.run(startup)
             trainer.close()
@@ -170,6 +171,7 @@ class Trainer:
         self.watchdog = Watchdog(
             ranks, recipe.output / "logs", recipe.hangs, background=[self.saver.group], console=console
         )
+        self.garbage = GarbageCollection()
         self.asked_to_stop = False
         late = recipe.speed.read_late
         self.behind = int(device.type == "cuda" if late is None else late)
@@ -382,6 +384,7 @@ class Trainer:
                 record = dataclasses.replace(record, heldout_loss=self.heldout_loss())
             self.metrics.record(record)
             self.watchdog.step_made(record.step)
+            self.garbage.step_made(record.step)
             self._tell(self.saver.poll())
             if self.guard.must_stop:
                 self._give_up(str(record.skipped))

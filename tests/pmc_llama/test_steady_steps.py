@@ -1,6 +1,8 @@
 """Steps in the long run: the host never waits for the device, reads late alike, and memory does not grow."""
 
+import multiprocessing
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,14 @@ def _numbers(run: Path) -> list[dict[str, Any]]:
     return [{key: record[key] for key in keys} for record in read_metrics(run / "metrics.jsonl")]
 
 
+def _in_a_process(function: Callable[..., object], *args: Any) -> None:
+    """DeepSpeed can be started once a process."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=args)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
 # --- the host does not wait --------------------------------------------------------------------------------
 
 _READS = {torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy}
@@ -95,9 +105,8 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch h
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Where the steps of a run read a number of the device while they are sent, without the first step."""
+def _train_watched(options: dict[str, str], run: Path, *more: str) -> None:
+    """Train, and write to `run / "reads"` where steps but the first read a number of the device."""
     found: list[str] = []
     send = Trainer.send_step
 
@@ -108,26 +117,28 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         with _Calls(found), _Operators(found):
             send(trainer)
 
-    monkeypatch.setattr(Trainer, "send_step", watched)
-    return found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "send_step", watched)
+        assert _train(options, run, *more) == 0
+    (run / "reads").write_text("".join(f"{place}\n" for place in found))
 
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("guarded", [(), ("--guards.spike_deviations", "6")], ids=["", "spikes"])
 def test_a_step_of_fsdp_asks_the_device_for_no_number(
-    options: dict[str, str], tmp_path: Path, reads: list[str], guarded: tuple[str, ...]
+    options: dict[str, str], tmp_path: Path, guarded: tuple[str, ...]
 ) -> None:
-    assert _train(options, tmp_path / "run", "--backend", "fsdp", *guarded) == 0
-    assert reads == []
+    _train_watched(options, tmp_path / "run", "--backend", "fsdp", *guarded)
+    assert (tmp_path / "run" / "reads").read_text() == ""
 
 
-@pytest.mark.usefixtures("alone")
 def test_a_step_of_zero_3_asks_for_no_number_but_those_of_deepspeed(
-    options: dict[str, str], tmp_path: Path, reads: list[str]
+    options: dict[str, str], tmp_path: Path
 ) -> None:
-    assert _train(options, tmp_path / "run", "--backend", "deepspeed") == 0
-    assert [place for place in reads if place.startswith(OWN)] == []
-    assert reads, "DeepSpeed's step reads its own norm; a test that finds none looks at the wrong place"
+    _in_a_process(_train_watched, options, tmp_path / "run", "--backend", "deepspeed")
+    places = (tmp_path / "run" / "reads").read_text().splitlines()
+    assert [place for place in places if place.startswith(OWN)] == []
+    assert places, "DeepSpeed's step reads its own norm; a test that finds none looks at the wrong place"
 
 
 # --- reading late ------------------------------------------------------------------------------------------
@@ -164,15 +175,15 @@ def test_a_run_that_reads_late_and_is_asked_to_stop_goes_on_as_one_that_was_not(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("late", ["true", "false"])
-@pytest.mark.parametrize("backend", ["deepspeed", "fsdp"])
+@pytest.mark.parametrize(("backend", "late"), [("deepspeed", "false"), ("fsdp", "true")])
 def test_a_run_holds_no_more_memory_after_2000_steps_than_after_50(
     options: dict[str, str], tmp_path: Path, backend: str, late: str
 ) -> None:
     long = {**options, "--schedule.steps": "2000", "--checkpoint.every_steps": "2000"}
     long["--evaluation.every_steps"] = "2000"
-    assert _train(long, tmp_path / "run", "--backend", backend, "--speed.read_late", late) == 0
+    _in_a_process(_train, long, tmp_path / "run", "--backend", backend, "--speed.read_late", late)
     peaks = [record["peak_memory_bytes"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
-    # A leak of a kilobyte a step would be 2 MB. The allocator of the C library rounds up by more than a page.
-    assert peaks[1998] - peaks[49] < 1 << 20
+    # The allocator of the C library settles for some hundred steps of ZeRO-3. A leak of a kilobyte a step
+    # would be a megabyte in the second half.
+    assert peaks[1998] < 1.01 * peaks[49]
+    assert peaks[1998] - peaks[998] < 1 << 20
