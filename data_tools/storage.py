@@ -3,6 +3,7 @@
 import io
 import os
 import tempfile
+import threading
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -118,6 +119,7 @@ class DirectoryStorage:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._descriptors: dict[str, int] = {}
+        self._reading = threading.Lock()  # one thread closes no file that another is about to read
 
     @property
     def location(self) -> str:
@@ -154,6 +156,10 @@ class DirectoryStorage:
 
     def fill(self, buffer: memoryview, pieces: Pieces) -> None:
         """See `Storage`."""
+        with self._reading:
+            self._fill(buffer, pieces)
+
+    def _fill(self, buffer: memoryview, pieces: Pieces) -> None:
         advise, read, open_file = os.posix_fadvise, os.preadv, self._descriptor
         for name, offset, begin, end in zip(*pieces, strict=True):
             advise(open_file(name), offset, end - begin, os.POSIX_FADV_WILLNEED)

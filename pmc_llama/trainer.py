@@ -31,6 +31,7 @@ from pmc_llama.metrics import Metrics, peak_memory
 from pmc_llama.profiling import StepProfiler
 from pmc_llama.provenance import describe_start
 from pmc_llama.rank_log import rank_log
+from pmc_llama.read_ahead import ReadAhead
 from pmc_llama.records import StepRecord
 from pmc_llama.run_lock import only_writer
 from pmc_llama.saving import CheckpointSaver, SaveOutcome
@@ -203,6 +204,7 @@ class Trainer:
         self.guard = Guard(recipe.guards, self.place.guard, self.device)
         self.last_updated, self.saved_step = self.place, self.place.step
         self.batches = self.data.batches(recipe.batch, self.ranks.rank, self.ranks.world_size)
+        self.reader = ReadAhead(self.batches, recipe.batch.global_size, pinned=self.device.type == "cuda")
         self.steps = recipe.schedule.steps or self.place.step + self.data.steps_left(
             recipe.schedule.epochs, self.place.samples, recipe.batch.global_size
         )
@@ -270,7 +272,7 @@ class Trainer:
         clock.turn()
         self.profiler.step_begins(step)
         self._enter("reading a batch")
-        batch = self.batches.batch(before.samples)
+        batch = self.reader.batch(before.samples)
         clock.turn()
         self._enter("forward and backward")
         targets = max(batch.targets, 1)
@@ -337,6 +339,7 @@ class Trainer:
 
     def close(self) -> None:
         """Close the records and release the model."""
+        self.reader.close()
         self.profiler.close()
         self.metrics.close()
         self.backend.close()
