@@ -1,13 +1,13 @@
 """The LLaMA model: its sizes, and transformers' own modules with the pre-training loss on top."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -161,7 +161,9 @@ class LlamaForPretraining(LlamaForCausalLM):
         unpadded._attn_implementation = _ATTENTION
         super().__init__(unpadded)
 
-    def forward(self, inputs: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self, inputs: Tensor, labels: Tensor, positions: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor:
         """Sum of the cross-entropy over the targets.
 
         Args:
@@ -170,11 +172,12 @@ class LlamaForPretraining(LlamaForCausalLM):
                 none.
             positions: int64 [micro-batch, sequence]; where it does not go up by one, another document begins,
                 which sees nothing of those before it. None: each sequence is one document.
+            scale: of the gradient, see `summed_cross_entropy`.
 
         Returns:
             fp32 scalar: the sum in nats (not the mean: only the caller knows the targets of the whole batch).
         """
-        return summed_cross_entropy(self.lm_head(self.hidden(inputs, positions)), labels)
+        return summed_cross_entropy(self.lm_head(self.hidden(inputs, positions)), labels, scale)
 
     def hidden(self, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
         """What the output layer gets: [micro-batch, sequence, hidden] in the compute dtype; see `forward`."""
@@ -209,24 +212,50 @@ def rebuild_rotary(model: LlamaForPretraining, config: LlamaConfig, device: torc
         model.model.rotary_emb = LlamaRotaryEmbedding(config)
 
 
-def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def summed_cross_entropy(logits: Tensor, labels: Tensor, scale: float = 1.0) -> Tensor:
     """Cross-entropy summed over targets, with fp32 logits for a few rows at a time only.
 
+    The gradient is computed along with the loss, in fp32, and takes the place of the logits: nothing is
+    computed again in backward, and no second tensor of their size is ever held (the idea is Liger's, Hsu et
+    al. 2024, arXiv 2410.10989).
+
     Args:
-        logits: [micro-batch, sequence, vocabulary] in the compute dtype.
+        logits: [micro-batch, sequence, vocabulary] in the compute dtype; where a gradient is asked for, they
+            are overwritten.
         labels: int64 [micro-batch, sequence]; -100 carries no loss.
+        scale: of the gradient, not of the loss: backward gives that of `scale` times the loss, rounded once.
 
     Returns:
-        fp32 scalar. Backward computes each chunk's fp32 logits again instead of keeping them.
+        fp32 scalar, whose backward runs once.
     """
-    rows = torch.split(logits.flatten(0, 1), LOSS_CHUNK)
-    targets = torch.split(labels.flatten(), LOSS_CHUNK)
-    losses = [
-        checkpoint(_chunk_loss, row, target, use_reentrant=False, preserve_rng_state=False)
-        for row, target in zip(rows, targets, strict=True)
-    ]
-    return torch.stack(losses).sum()
+    wanted = torch.is_grad_enabled() and logits.requires_grad
+    apply: Callable[..., Tensor] = _SummedCrossEntropy.apply
+    return apply(logits.flatten(0, 1), labels.flatten(), scale, wanted)
 
 
-def _chunk_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return functional.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=-100)
+class _SummedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, scale: float, wanted: bool) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        chunks = zip(torch.split(logits, LOSS_CHUNK), torch.split(labels, LOSS_CHUNK), strict=True)
+        for rows, targets in chunks:
+            log_softmax = functional.log_softmax(rows.float(), dim=-1)
+            total += functional.nll_loss(log_softmax, targets, reduction="sum", ignore_index=-100)
+            if wanted:
+                rows.copy_(_scaled_gradient(log_softmax, targets, scale))
+        if wanted:
+            ctx.save_for_backward(logits)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (of_logits,) = ctx.saved_tensors
+        return of_logits.mul_(gradient), None, None, None
+
+
+def _scaled_gradient(log_softmax: Tensor, targets: Tensor, scale: float) -> Tensor:
+    """`scale` times (softmax - 1 at the target), 0 without one; takes the place of its first input."""
+    counted = (targets >= 0)[:, None]
+    gradient = log_softmax.exp_()
+    gradient.scatter_add_(1, targets.clamp(min=0)[:, None], -counted.to(gradient.dtype))
+    return gradient.mul_(scale * counted)

@@ -163,8 +163,8 @@ class DeepSpeedBackend:
         in_turn = seeded(micro_batches, self.recipe, step, self.device)
         for number, batch in enumerate(in_turn, start=1):
             self.engine.set_gradient_accumulation_boundary(number == len(micro_batches))
-            loss = self.engine(*model_arguments(batch, self.device))
-            self.engine.backward(loss * scale, scale_wrt_gas=False)
+            loss = self.engine(*model_arguments(batch, self.device), scale)
+            self.engine.backward(loss, scale_wrt_gas=False)
             total += loss.detach()
             # Selective recomputation stops once it has all it needs, in the middle of modules' forward.
             del FWD_MODULE_STACK[depth:]

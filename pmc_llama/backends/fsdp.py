@@ -145,8 +145,8 @@ class FsdpBackend:
         scale = dist.get_world_size() / targets
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in seeded(micro_batches, self.recipe, step, self.device):
-            loss = self.model(*model_arguments(batch, self.device))
-            (loss * scale).backward()
+            loss = self.model(*model_arguments(batch, self.device), scale)
+            loss.backward()
             total += loss.detach()
         return total
 

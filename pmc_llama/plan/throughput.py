@@ -18,7 +18,7 @@ from pmc_llama.plan.cluster import Cluster, Gpu
 
 ADAMW_BYTES = 28  # read parameter, gradient and both moments, write all but the gradient: fp32, fused
 CLIP_BYTES = 12  # read for the norm, read and write for the scaling
-LOSS_BYTES = 46  # a logit: cast to fp32, softmax, both again in backward, gradient, cast back (`model.py`)
+LOSS_BYTES = 40  # a logit: cast to fp32, softmax, gradient, cast back, scaled in backward (`model.py`)
 
 
 @dataclass(frozen=True)

@@ -43,12 +43,50 @@ def test_the_loss_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch) -> No
 def test_masked_positions_carry_no_loss_and_no_gradient() -> None:
     logits = torch.randn(2, 5, 9, requires_grad=True)
     labels = torch.tensor([[1, -100, 3, -100, 0], [-100] * 5])
-    loss = summed_cross_entropy(logits, labels)
+    loss = summed_cross_entropy(logits.clone(), labels)
     loss.backward()
     expected = sum(functional.cross_entropy(logits[0, i], labels[0, i]) for i in (0, 2, 4))
     assert torch.allclose(loss, expected)
     assert logits.grad is not None
     assert not logits.grad[labels == -100].any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)], ids=["fp32", "bf16"]
+)
+def test_the_gradient_is_that_of_the_scaled_loss_rounded_once(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rounding: float
+) -> None:
+    monkeypatch.setattr(pmc_llama.model, "LOSS_CHUNK", 16)
+    draw = torch.Generator().manual_seed(0)
+    ours = (3 * torch.randn(2, 25, 131, generator=draw)).to(dtype).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    labels = torch.randint(0, 131, (2, 25), generator=draw)
+    loss = summed_cross_entropy(ours.clone(), labels, scale=1 / 37)
+    loss.backward()
+    expected = functional.cross_entropy(theirs.float().flatten(0, 1), labels.flatten(), reduction="sum")
+    (expected / 37).backward()
+    assert torch.allclose(loss, expected)
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    # Relative to each element: small probabilities are as exact as large ones.
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=rounding, atol=1e-9)
+
+
+def test_the_loss_alone_leaves_the_logits_as_they_are() -> None:
+    logits, labels = torch.randn(1, 5, 9, requires_grad=True), torch.tensor([[1, 2, 3, 4, 5]])
+    before = logits.detach().clone()
+    with torch.no_grad():
+        summed_cross_entropy(logits, labels)
+    assert torch.equal(logits, before)
+
+
+def test_a_second_backward_is_refused_and_not_wrong() -> None:
+    logits = torch.randn(1, 5, 9, requires_grad=True)
+    loss = summed_cross_entropy(logits.clone(), torch.tensor([[1, 2, 3, 4, 5]]))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
 
 
 def test_the_token_that_others_pad_with_is_trained_like_any_other() -> None:
