@@ -203,10 +203,15 @@ class SpeedConfig:
     """What makes a step faster, and changes nothing that is computed beyond rounding.
 
     Args:
+        compile: `torch.compile` every decoder layer, which fuses what lies between matrix products and
+            attention, and computes most of it again in backward in place of keeping it: `selective`
+            checkpointing is then the compiler's. The first step takes a minute more, and a C++ compiler on a
+            CPU. null, on a GPU with backend fsdp.
         read_late: tell of a step when the next one has been sent to the device, so that a GPU never waits for
             the host to read a loss; null, on a GPU.
     """
 
+    compile: bool | None = None
     read_late: bool | None = None
 
 

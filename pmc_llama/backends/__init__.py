@@ -28,7 +28,7 @@ def build_backend(recipe: Recipe, config: LlamaConfig, device: torch.device) -> 
 
 
 def check_sharding(recipe: Recipe, ranks: int) -> None:
-    """Check the section `sharding` as far as recipe and ranks decide; takes no time and no memory.
+    """Check what recipe and ranks say of sharding and compiling; takes no time and no memory.
 
     Args:
         recipe: the run's.
@@ -48,6 +48,11 @@ def check_sharding(recipe: Recipe, ranks: int) -> None:
         raise UserError(
             f"sharding.checkpointed_layers is {sharding.checkpointed_layers}, expected null while "
             "sharding.activation_checkpointing is none; set that to full or selective."
+        )
+    if recipe.speed.compile and recipe.lora and recipe.backend == "deepspeed":
+        raise UserError(
+            "speed.compile is true, expected null or false for lora with backend deepspeed, which frees "
+            "adapters before a compiled layer has their gradients; take backend fsdp to have it."
         )
     import_module(_MODULES[recipe.backend]).check_sharding(sharding)
 

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():  # DeepSpeed reads it on import, and warns whe
 
 import deepspeed
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-from deepspeed.utils import groups
+from deepspeed.utils import groups, set_z3_leaf_modules
 from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -30,6 +30,7 @@ from pmc_llama.backends.base import (
     tell_update,
     trained_parameters,
 )
+from pmc_llama.backends.compilation import compile_layers, compiles
 from pmc_llama.backends.flat_shard import FlatShard
 from pmc_llama.backends.recomputation import checkpoint_activations
 from pmc_llama.config import Recipe, ShardingConfig
@@ -48,7 +49,12 @@ def build(recipe: Recipe, config: LlamaConfig, device: torch.device) -> "DeepSpe
         model = LlamaForPretraining(config)
         if recipe.lora:
             add_adapters(model, recipe.lora)
-    checkpoint_activations(model, recipe.sharding, reentrant=True)
+    compiled = compiles(recipe, device)
+    checkpoint_activations(model, recipe.sharding, reentrant=True, compiled=compiled)
+    if compiled:
+        # A layer is then gathered and freed as a whole: hooks of the modules in it would break its graph.
+        set_z3_leaf_modules(model, [LlamaDecoderLayer])
+        compile_layers(model)
     optimizer = build_optimizer(model, recipe.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     rebuild_rotary(engine.module, config, device)

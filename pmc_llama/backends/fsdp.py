@@ -27,6 +27,7 @@ from pmc_llama.backends.base import (
     tell_update,
     trained_parameters,
 )
+from pmc_llama.backends.compilation import compile_layers, compiles
 from pmc_llama.backends.recomputation import checkpoint_activations
 from pmc_llama.config import Recipe, ShardingConfig
 from pmc_llama.data import MicroBatch
@@ -47,7 +48,10 @@ def build(recipe: Recipe, config: LlamaConfig, device: torch.device) -> "FsdpBac
             # trained has to be of one dtype.
             model.to(_DTYPES[recipe.precision.compute])
             add_adapters(model, recipe.lora)
-    checkpoint_activations(model, sharding, reentrant=False)
+    compiled = compiles(recipe, device)
+    checkpoint_activations(model, sharding, reentrant=False, compiled=compiled)
+    if compiled:
+        compile_layers(model)
     shard(model, recipe, build_mesh(sharding, device), device)
     model.to_empty(device=torch.device("cpu") if sharding.offload == "all" else device)
     rebuild_rotary(model, config, device)

@@ -24,7 +24,9 @@ _KEPT = {
 }
 
 
-def checkpoint_activations(model: LlamaForPretraining, sharding: ShardingConfig, reentrant: bool) -> None:
+def checkpoint_activations(
+    model: LlamaForPretraining, sharding: ShardingConfig, reentrant: bool, compiled: bool
+) -> None:
     """Have the first `checkpointed_layers` decoder layers computed again in backward, as `sharding` says.
 
     To be called before the model is sharded. Parameter names do not change.
@@ -33,11 +35,14 @@ def checkpoint_activations(model: LlamaForPretraining, sharding: ShardingConfig,
         model: transformers' own checkpointing is switched on in it.
         sharding: `activation_checkpointing` and `checkpointed_layers` are read.
         reentrant: the kind of `torch.utils.checkpoint` for `full`; `selective` exists in the other kind only.
+        compiled: the layers are; a compiled layer computes cheap operators again by itself, as `selective`
+            does, and its matrix products are not operators of torch any more that could be kept.
     """
-    if sharding.activation_checkpointing == "none":
+    mode = sharding.activation_checkpointing
+    if mode == "none" or (mode == "selective" and compiled):
         return
     settings: dict[str, Any] = {"use_reentrant": reentrant}
-    if sharding.activation_checkpointing == "selective":
+    if mode == "selective":
         settings = {"use_reentrant": False, "context_fn": _keep_and_recall}
     with warnings.catch_warnings():  # its new name is not in all versions that we allow
         warnings.simplefilter("ignore", FutureWarning)

@@ -141,7 +141,7 @@ def _build(recipe: Recipe, config: LlamaConfig) -> tuple[Any, LlamaForPretrainin
         mesh = fsdp.build_mesh(recipe.sharding, _CPU)
         with torch.device("meta"):
             model = LlamaForPretraining(config)
-        checkpoint_activations(model, recipe.sharding, reentrant=False)
+        checkpoint_activations(model, recipe.sharding, reentrant=False, compiled=False)
         fsdp.shard(model, recipe, mesh, _CPU)
     model.to_empty(device=_CPU)
     rebuild_rotary(model, config, _CPU)
