@@ -1,4 +1,4 @@
-"""How fast S2ORC records become a corpus under a whole recipe: `pmc-data build` from start to finalized corpus.
+"""How fast S2ORC records become a corpus under a whole recipe, `pmc-data build` from start to finish.
 
 The records are made from real articles (`--articles`, a tar of JATS), `--copies` times under other ids, in
 two gzipped files a copy, so that workers have something to share out. The rate is of the text of all copies:
