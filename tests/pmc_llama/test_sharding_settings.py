@@ -18,7 +18,15 @@ from transformers import LlamaConfig
 from data_tools.errors import UserError
 from pmc_llama.backends import build_backend, check_sharding
 from pmc_llama.backends.deepspeed import engine_settings
-from pmc_llama.config import BackendName, ModelConfig, PrecisionConfig, Recipe, ShardingConfig
+from pmc_llama.config import (
+    BackendName,
+    LoraConfig,
+    ModelConfig,
+    PrecisionConfig,
+    Recipe,
+    ShardingConfig,
+    SpeedConfig,
+)
 from pmc_llama.model import llama_config
 from tests.pmc_llama.small import (
     CPU,
@@ -128,6 +136,12 @@ def test_what_a_backend_or_these_ranks_cannot_do_is_refused_by_key_with_what_to_
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         check_sharding(Recipe(backend=backend, sharding=sharding), ranks)
+
+
+def test_adapters_under_zero_3_are_not_compiled() -> None:
+    recipe = Recipe(backend="deepspeed", lora=LoraConfig(), speed=SpeedConfig(compile=True))
+    with pytest.raises(UserError, match=r"speed\.compile is true, .* take backend fsdp"):
+        check_sharding(recipe, 1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
