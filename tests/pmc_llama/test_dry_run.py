@@ -87,7 +87,7 @@ def test_a_dry_run_has_the_recipes_shapes_and_at_most_two_micro_batches(
     backend.model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
     dry_run(backend, recipe, VOCABULARY, CPU)
     assert len(seen) == min(accumulation, 2)
-    for inputs, labels, positions in seen:
+    for inputs, labels, positions, _ in seen:
         assert inputs.shape == labels.shape == (MICRO, SEQUENCE)
         assert 0 <= inputs.min() <= inputs.max() < VOCABULARY
         assert labels.min() >= 0, "every position is a target"
