@@ -180,7 +180,7 @@ def test_a_run_holds_no_more_memory_after_2000_steps_than_after_50(
     options: dict[str, str], tmp_path: Path, backend: str, late: str
 ) -> None:
     long = {**options, "--schedule.steps": "2000", "--checkpoint.every_steps": "2000"}
-    long["--evaluation.every_steps"] = "2000"
+    long |= {"--evaluation.every_steps": "2000", "--batch.micro_size": "4"}
     _in_a_process(_train, long, tmp_path / "run", "--backend", backend, "--speed.read_late", late)
     peaks = [record["peak_memory_bytes"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     # The allocator of the C library settles for some hundred steps of ZeRO-3. A leak of a kilobyte a step
