@@ -51,9 +51,11 @@ def build(recipe: Recipe, config: LlamaConfig, device: torch.device) -> "DeepSpe
             add_adapters(model, recipe.lora)
     compiled = compiles(recipe, device)
     checkpoint_activations(model, recipe.sharding, reentrant=True, compiled=compiled)
-    if compiled:
-        # A layer is then gathered and freed as a whole: hooks of the modules in it would break its graph.
+    if recipe.lora is None:
+        # A layer is gathered and freed as a whole, as under FSDP2: the hooks of the modules in it would cost
+        # more than they free, and break the graph of a compiled layer. Adapters would be freed too early.
         set_z3_leaf_modules(model, [LlamaDecoderLayer])
+    if compiled:
         compile_layers(model)
     optimizer = build_optimizer(model, recipe.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
@@ -158,6 +160,9 @@ class DeepSpeedBackend:
                 "exp_avg": torch.zeros_like(flat.data),
                 "exp_avg_sq": torch.zeros_like(flat.data),
             }
+        # DeepSpeed would compute a norm of its own in each step, and the host wait for it. The one that
+        # counts is that of `clip`, and whether the update is made is for the caller to say.
+        self.zero._get_norm_groups = lambda: [0.0]
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], targets: int, step: int = 0) -> Tensor:
         """See `Backend.forward_backward`."""
@@ -185,9 +190,7 @@ class DeepSpeedBackend:
     def step(self, learning_rate: float, refused: Tensor | None = None) -> None:
         """See `Backend.step`.
 
-        The host waits here: DeepSpeed computes a norm of its own, and reads it. For one that is not finite it
-        makes no update itself, and otherwise the copies in the compute dtype follow the masters, which a
-        refused update has not changed.
+        The copies in the compute dtype follow the masters, which a refused update has not changed.
         """
         tell_update(self.zero.optimizer, learning_rate, refused, self.masters)
         self.engine.step()
