@@ -25,29 +25,34 @@ spent outside of the backends: reading batches, records, logs, watching.
 import argparse
 import json
 import os
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import LlamaConfig
 
+from benchmarks.small_runs import (
+    GLOBAL,
+    MICRO,
+    SEQUENCE,
+    WARM_UP,
+    launch,
+    prepare,
+    run_command,
+    speed,
+    step_ends,
+    train,
+)
 from pmc_llama.config import BatchConfig, PrecisionConfig, Recipe
 from pmc_llama.profile_table import KINDS
 from pmc_llama.profiling import Profile, read_profile
 
-_WARM_UP, _PROFILED = 5, 5  # steps left out; steps profiled
-_SEQUENCE, _GLOBAL, _MICRO = 256, 8, 2
-_SIZE = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8}
-_BIN = Path(sys.executable).parent
-_SAMPLE = Path(__file__).parents[1] / "sample"
+_PROFILED = 5  # steps
 
 
 class Case(NamedTuple):
@@ -96,34 +101,18 @@ def main() -> None:
     if options.trainer:
         _trainer(options)
         return
-    if options.steps < _WARM_UP + 3:
-        parser.error(f"--steps is {options.steps}, expected {_WARM_UP + 3} or more")
+    if options.steps < WARM_UP + 3:
+        parser.error(f"--steps is {options.steps}, expected {WARM_UP + 3} or more")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        _prepare(directory)
-        print(f"{options.pairs} pairs of {options.steps} steps of {_GLOBAL} x {_SEQUENCE} tokens")
+        prepare(directory)
+        print(f"{options.pairs} pairs of {options.steps} steps of {GLOBAL} x {SEQUENCE} tokens")
         for case in (CASES[number] for number in options.cases):
             for ranks in options.ranks:
                 _compare(directory, case, ranks, options.pairs, options.steps)
         for precision in sorted({CASES[number].precision for number in options.cases}):
             for ranks in options.ranks:
                 print(_side_by_side(directory, precision, ranks), flush=True)
-
-
-def _prepare(directory: Path) -> None:
-    """A corpus of the sample papers, and the model's configuration."""
-    build: list[str | Path] = [_BIN / "pmc-data", "build", "--input", _SAMPLE / "s2orc", _SAMPLE / "jats"]
-    build += [
-        "--max_bad",
-        "0.1",
-        "--tokenizer",
-        _SAMPLE / "tokenizer.model",
-        "--output",
-        directory / "corpus",
-    ]
-    subprocess.run(build, check=True, capture_output=True)
-    vocab_size = json.loads((directory / "corpus" / "corpus.json").read_text())["tokenizer"]["vocab_size"]
-    LlamaConfig(vocab_size=vocab_size, **_SIZE).to_json_file(directory / "config.json")
 
 
 def _compare(directory: Path, case: Case, ranks: int, pairs: int, steps: int) -> None:
@@ -153,36 +142,11 @@ def _told(speeds: Sequence[float]) -> str:
 
 
 def _ours(directory: Path, case: Case, ranks: int, steps: int) -> Run:
-    rows = _train(directory, case.backend, case.precision, ranks, {"schedule.steps": steps})
-    steady = rows[_WARM_UP:-1]  # the last one is followed by a checkpoint
-    ends = [row["seconds_since_start"] for row in rows]
+    rows = train(directory, case.backend, case.precision, ranks, {"schedule.steps": steps})
+    steady = rows[WARM_UP:-1]  # the last one is followed by a checkpoint
+    ends = step_ends(rows)
     inside = sum(row["forward_backward_seconds"] + row["optimizer_seconds"] for row in steady)
-    return Run(_speed(ends), 1 - inside / (ends[-2] - ends[_WARM_UP - 1]))
-
-
-def _train(
-    directory: Path, backend: str, precision: str, ranks: int, more: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """The records of a run of ours, which leaves its directory at `run`."""
-    recipe, run = directory / "recipe.yaml", directory / "run"
-    recipe.write_text("seed: 1\n")
-    options = {
-        "output": run,
-        "backend": backend,
-        "model.size": directory / "config.json",
-        "data.corpus": directory / "corpus",
-        "data.mode": "packed",
-        "data.sequence_length": _SEQUENCE,
-        "batch.global_size": _GLOBAL,
-        "batch.micro_size": _MICRO,
-        "precision.compute": precision,
-        "evaluation.max_sequences": 2,
-        **more,
-    }
-    words = [word for key, value in options.items() for word in (f"--{key}", value)]
-    shutil.rmtree(run, ignore_errors=True)
-    _launch(ranks, ["--module", "pmc_llama.cli", "train", recipe, *words])
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return Run(speed(ends), 1 - inside / (ends[-2] - ends[WARM_UP - 1]))
 
 
 def _side_by_side(directory: Path, precision: str, ranks: int) -> str:
@@ -190,7 +154,7 @@ def _side_by_side(directory: Path, precision: str, ranks: int) -> str:
     profiles: dict[str, Profile] = {}
     steps = {"schedule.steps": 5 + _PROFILED + 1, "logging.profile_steps": _PROFILED}
     for backend in ("deepspeed", "fsdp"):
-        _train(directory, backend, precision, ranks, steps)
+        train(directory, backend, precision, ranks, steps)
         profiles[backend] = read_profile(directory / "run" / "profile" / "profile.json")
     zero, fsdp = profiles["deepspeed"], profiles["fsdp"]
     lines = [
@@ -204,26 +168,6 @@ def _side_by_side(directory: Path, precision: str, ranks: int) -> str:
     return "\n".join(lines)
 
 
-def _launch(ranks: int, arguments: Sequence[Any]) -> str:
-    command = [_BIN / "torchrun", "--standalone", "--nproc-per-node", str(ranks), *map(str, arguments)]
-    return _run(command, ranks)
-
-
-def _run(command: Sequence[Any], ranks: int) -> str:
-    threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
-    environment = {**os.environ, "OMP_NUM_THREADS": threads}
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(done.stdout + done.stderr)
-    return done.stdout
-
-
-def _speed(ends: Sequence[float]) -> float:
-    """Tokens/s, from when each step ended; the last one is followed by what ends a run and left out."""
-    seconds = [end - begin for begin, end in pairwise(ends)]
-    return _GLOBAL * _SEQUENCE / statistics.median(seconds[_WARM_UP:-1])
-
-
 # --- the Trainer -------------------------------------------------------------------------------------------
 
 
@@ -233,9 +177,11 @@ def _theirs(directory: Path, case: Case, ranks: int, steps: int) -> float:
     module = ["benchmarks.train_cpu", *map(str, options)]
     # Alone and without torchrun the Trainer wraps the model in nothing; DeepSpeed always asks for a launcher.
     alone = ranks == 1 and case.trainer == "ddp"
-    output = _run([sys.executable, "-m", *module], 1) if alone else _launch(ranks, ["--module", *module])
+    output = (
+        run_command([sys.executable, "-m", *module], 1) if alone else launch(ranks, ["--module", *module])
+    )
     ends = next(line for line in output.splitlines() if line.startswith("["))
-    return _speed(json.loads(ends))
+    return speed(json.loads(ends))
 
 
 def _trainer(options: argparse.Namespace) -> None:
@@ -253,8 +199,8 @@ def _trainer(options: argparse.Namespace) -> None:
     config = LlamaConfig.from_json_file(options.config)
     arguments = TrainingArguments(
         output_dir=str(options.output),
-        per_device_train_batch_size=_MICRO,
-        gradient_accumulation_steps=_GLOBAL // _MICRO // ranks,
+        per_device_train_batch_size=MICRO,
+        gradient_accumulation_steps=GLOBAL // MICRO // ranks,
         max_steps=options.steps,
         optim="adamw_torch_fused",
         learning_rate=2e-5,
@@ -274,7 +220,7 @@ def _trainer(options: argparse.Namespace) -> None:
         deepspeed=_zero3(config, ranks) if options.trainer == "zero3" else None,
     )
     draw = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, config.vocab_size, (options.steps * _GLOBAL, _SEQUENCE), generator=draw)
+    tokens = torch.randint(0, config.vocab_size, (options.steps * GLOBAL, SEQUENCE), generator=draw)
     rows = [{"input_ids": row, "labels": row} for row in tokens]
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
@@ -306,11 +252,11 @@ def _zero3(config: LlamaConfig, ranks: int) -> dict[str, Any]:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of compiling, for inference
     deepspeed.init_distributed(dist_backend="gloo")
-    recipe = Recipe(batch=BatchConfig(_GLOBAL, _MICRO), precision=PrecisionConfig(compute="fp32"))
+    recipe = Recipe(batch=BatchConfig(GLOBAL, MICRO), precision=PrecisionConfig(compute="fp32"))
     return {
         # Not the batch of all ranks: on CPU the Trainer takes itself for one process.
-        "train_micro_batch_size_per_gpu": _MICRO,
-        "gradient_accumulation_steps": _GLOBAL // _MICRO // ranks,
+        "train_micro_batch_size_per_gpu": MICRO,
+        "gradient_accumulation_steps": GLOBAL // MICRO // ranks,
         "gradient_clipping": "auto",
         "zero_allow_untested_optimizer": True,
         # DeepSpeed's defaults keep all of a model of this size gathered after its first use.

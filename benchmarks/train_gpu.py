@@ -1,8 +1,8 @@
 """Training speed on one GPU: tokens/s, MFU, memory and where a step goes, under both backends.
 
-One call of at most ten minutes makes its inputs (a corpus of random tokens, random weights), measures what
-matrix products reach at the model's shapes, and trains a LLaMA-7B, or as many of its layers as the GPU has
-room for, once for each of `VARIANTS` and backend: first as recipes have it, then with one thing changed.
+One call, of at most ten minutes on a GPU, makes its inputs (a corpus of random tokens, random weights),
+measures what matrix products reach at the model's shapes, and trains a LLaMA-7B, or as many of its layers as
+the GPU has room for, once for each variant and backend: first as recipes have it, then with a thing changed.
 Every row is a process of its own with a time limit, killed once it has made its steps, before it would save;
 one that fails is a row that says why. Rows of one sequence length train on the same tokens from the same
 weights, so their losses must agree, which is checked. benchmarks/train_gpu.md is written after every row.
@@ -98,24 +98,26 @@ TINY = Size(2, {64: 2, 32: 4}, 512)
 
 
 class Variant(NamedTuple):
-    """A row for each backend.
+    """What a row differs in.
 
     Attributes:
         name: what is changed.
         settings: of the recipe, beside those of all rows.
         more: times the micro-batch, for variants that save memory.
-        lengths: sequence lengths, as positions in `Size.micro`.
     """
 
     name: str
     settings: Mapping[str, str] = {}
     more: int = 1
-    lengths: Sequence[int] = (0,)
+
+
+def _turned(key: str, default: bool, off: str, on: str) -> Variant:
+    """A switch of the recipe, turned from what it is by default; `off` and `on` say what it then is."""
+    return Variant(off if default else on, {key: str(not default).lower()})
 
 
 _CHECKPOINTING = "sharding.activation_checkpointing"
-VARIANTS = (
-    Variant("as it is", lengths=(0, 1)),
+_SAVERS = (
     Variant("selective recomputation, twice the micro-batch", {_CHECKPOINTING: "selective"}, more=2),
     Variant("full recomputation, four times the micro-batch", {_CHECKPOINTING: "full"}, more=4),
     Variant("parameters kept gathered", {"sharding.reshard_after_forward": "false"}),
@@ -178,7 +180,8 @@ class Bench:
 def main() -> None:
     """Run everything and write the table; or, as a process of its own, make weights or measure products."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9.5, help="after which no row runs on")
+    minutes = 9.5 if torch.cuda.is_available() else 30.0
+    parser.add_argument("--minutes", type=float, default=minutes, help="after which no row runs on")
     parser.add_argument("--deepspeed-wheel", nargs="+", type=Path, default=[], metavar="WHEEL")
     parser.add_argument("--table", type=Path, default=TABLE, help="Markdown file to write")
     parser.add_argument("--make-weights", type=Path, help=argparse.SUPPRESS)
@@ -207,7 +210,7 @@ def _bench(directory: Path, deadline: float, wheels: Sequence[Path], table: Path
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target)]
         subprocess.run([*install, *map(str, wheels)], check=True)
         path.insert(0, str(target))
-    bench = Bench(device, size, config, directory, path, deadline, list(_rows(size)))
+    bench = Bench(device, size, config, directory, path, deadline, list(_rows(size, device is not None)))
     _write(bench, table)
     _make_inputs(bench)
     told = _child(bench, ["--ceiling", str(size.tokens // 4)])
@@ -221,14 +224,22 @@ def _bench(directory: Path, deadline: float, wheels: Sequence[Path], table: Path
         _write(bench, table)
 
 
-def _rows(size: Size) -> Iterator[Row]:
-    """The first variant under both backends at all lengths, the longest first; then the others."""
-    lengths = list(size.micro)
-    for variant in VARIANTS:
-        for number in variant.lengths:
-            length = lengths[number]
-            for backend in BACKENDS:
-                yield Row(backend, variant, length, variant.more * size.micro[length])
+def _rows(size: Size, gpu: bool) -> Iterator[Row]:
+    """As it is, under both backends at all lengths, the longest first; then the other variants."""
+    longest = next(iter(size.micro))
+    for length, micro in size.micro.items():
+        for backend in BACKENDS:
+            yield Row(backend, Variant("as it is"), length, micro)
+    for backend in BACKENDS:
+        compiled = gpu and backend == "fsdp"
+        variant = _turned("speed.compile", compiled, "layers not compiled", "layers compiled")
+        yield Row(backend, variant, longest, size.micro[longest])
+    for backend in BACKENDS:
+        variant = _turned("speed.read_late", gpu, "a step read at once", "a step read late")
+        yield Row(backend, variant, longest, size.micro[longest])
+    for variant in _SAVERS:
+        for backend in BACKENDS:
+            yield Row(backend, variant, longest, variant.more * size.micro[longest])
 
 
 # --- inputs ------------------------------------------------------------------------------------------------

@@ -101,13 +101,15 @@ def shard(model: LlamaForPretraining, recipe: Recipe, mesh: DeviceMesh, device: 
     offload = OffloadPolicy()
     if sharding.offload == "all":
         offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    last = model.model.layers[-1]
     layers: list[FSDPModule] = [
         fully_shard(
             layer,
             mesh=mesh,
             mp_policy=precision,
             offload_policy=offload,
-            reshard_after_forward=sharding.reshard_after_forward,
+            # Backward begins with the last layer: freed, it would be gathered again at once.
+            reshard_after_forward=sharding.reshard_after_forward and layer is not last,
         )
         for layer in model.model.layers
     ]
