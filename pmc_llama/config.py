@@ -186,7 +186,8 @@ class ShardingConfig:
         reduce_bucket_mb: megabytes of gradients, in `precision.reduce`, that are summed over the ranks at
             once (deepspeed only; a buffer of this size is held); null is one decoder layer, as fsdp has it.
         reshard_after_forward: free a decoder layer's gathered parameters between forward and backward, and
-            gather them again; false keeps all of the model gathered, for a third less communication.
+            gather them again, but for the last layer, with which backward begins; false keeps the whole model
+            gathered, for a third less communication.
     """
 
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
