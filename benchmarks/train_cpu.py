@@ -3,9 +3,9 @@
 Both train the same LLaMA with the same optimizer (torch's fused AdamW), clipping, schedule, batch,
 micro-batch and sequence length, attention by SDPA, and tell loss, gradient norm and learning rate of every
 step; ours reads its corpus, the Trainer rows of random tokens that lie in memory. Both are fresh processes on
-the same number of ranks and take turns, the one that begins changing with each pair. What counts is the
-median time from the end of a step to the end of the next, after the first few. The comparisons, as far as the
-Trainer goes on CPU:
+the same number of ranks and take turns of a few seconds, in which the other one is stopped. What counts is
+the median time from the end of a step to the end of the next, after the first few. The comparisons, as far as
+the Trainer goes on CPU:
 
     ZeRO-3 beside zero3   in fp32, with the same sharding settings. In bf16 the Trainer asks for `use_cpu`,
                           with which accelerate leaves DeepSpeed off.
@@ -26,10 +26,10 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,12 +41,14 @@ from benchmarks.small_runs import (
     MICRO,
     SEQUENCE,
     WARM_UP,
-    launch,
+    Job,
     prepare,
-    run_command,
+    records,
     speed,
+    start,
+    start_training,
     step_ends,
-    train,
+    take_turns,
 )
 from pmc_llama.config import BatchConfig, PrecisionConfig, Recipe
 from pmc_llama.profile_table import KINDS
@@ -119,11 +121,12 @@ def _compare(directory: Path, case: Case, ranks: int, pairs: int, steps: int) ->
     ours: list[Run] = []
     theirs: list[float] = []
     for pair in range(pairs):
-        for turn in ("ours", "theirs") if pair % 2 == 0 else ("theirs", "ours"):
-            if turn == "ours":
-                ours.append(_ours(directory, case, ranks, steps))
-            else:
-                theirs.append(_theirs(directory, case, ranks, steps))
+        settings = {"schedule.steps": steps}
+        one = start_training(directory, "run", case.backend, case.precision, ranks, settings)
+        other = _start_theirs(directory, case, ranks, steps)
+        take_turns([one, other] if pair % 2 == 0 else [other, one])
+        ours.append(_ours(records(directory, "run")))
+        theirs.append(_theirs(other))
     speeds = [run.speed for run in ours]
     ratios = [one / other for one, other in zip(speeds, theirs, strict=True)]
     outside = statistics.median(run.outside for run in ours)
@@ -141,12 +144,12 @@ def _told(speeds: Sequence[float]) -> str:
 # --- ours --------------------------------------------------------------------------------------------------
 
 
-def _ours(directory: Path, case: Case, ranks: int, steps: int) -> Run:
-    rows = train(directory, case.backend, case.precision, ranks, {"schedule.steps": steps})
-    steady = rows[WARM_UP:-1]  # the last one is followed by a checkpoint
-    ends = step_ends(rows)
-    inside = sum(row["forward_backward_seconds"] + row["optimizer_seconds"] for row in steady)
-    return Run(speed(ends), 1 - inside / (ends[-2] - ends[WARM_UP - 1]))
+def _ours(rows: Sequence[dict[str, Any]]) -> Run:
+    shares = []
+    for before, row in pairwise(rows[WARM_UP - 1 : -1]):  # the last one is followed by a checkpoint
+        seconds = row["seconds_since_start"] - before["seconds_since_start"]
+        shares.append(1 - (row["forward_backward_seconds"] + row["optimizer_seconds"]) / seconds)
+    return Run(speed(step_ends(rows)), statistics.median(shares))
 
 
 def _side_by_side(directory: Path, precision: str, ranks: int) -> str:
@@ -154,7 +157,7 @@ def _side_by_side(directory: Path, precision: str, ranks: int) -> str:
     profiles: dict[str, Profile] = {}
     steps = {"schedule.steps": 5 + _PROFILED + 1, "logging.profile_steps": _PROFILED}
     for backend in ("deepspeed", "fsdp"):
-        train(directory, backend, precision, ranks, steps)
+        take_turns([start_training(directory, "run", backend, precision, ranks, steps)])
         profiles[backend] = read_profile(directory / "run" / "profile" / "profile.json")
     zero, fsdp = profiles["deepspeed"], profiles["fsdp"]
     lines = [
@@ -171,16 +174,16 @@ def _side_by_side(directory: Path, precision: str, ranks: int) -> str:
 # --- the Trainer -------------------------------------------------------------------------------------------
 
 
-def _theirs(directory: Path, case: Case, ranks: int, steps: int) -> float:
+def _start_theirs(directory: Path, case: Case, ranks: int, steps: int) -> Job:
     options = ["--trainer", case.trainer, "--precision", case.precision, "--steps", steps]
     options += ["--config", directory / "config.json", "--output", directory / "trainer"]
-    module = ["benchmarks.train_cpu", *map(str, options)]
-    # Alone and without torchrun the Trainer wraps the model in nothing; DeepSpeed always asks for a launcher.
-    alone = ranks == 1 and case.trainer == "ddp"
-    output = (
-        run_command([sys.executable, "-m", *module], 1) if alone else launch(ranks, ["--module", *module])
-    )
-    ends = next(line for line in output.splitlines() if line.startswith("["))
+    # Alone and without a launcher the Trainer wraps the model in nothing; DeepSpeed always asks for one.
+    launched = ranks > 1 or case.trainer != "ddp"
+    return start(directory / "theirs.log", ranks, ["-m", "benchmarks.train_cpu", *options], launched)
+
+
+def _theirs(job: Job) -> float:
+    ends = next(line for line in job.log.read_text().splitlines() if line.startswith("["))
     return speed(json.loads(ends))
 
 

@@ -187,7 +187,7 @@ class ShardingConfig:
             once (deepspeed only; a buffer of this size is held); null is one decoder layer, as fsdp has it.
         reshard_after_forward: free a decoder layer's gathered parameters between forward and backward, and
             gather them again, but for the last layer, with which backward begins; false keeps the whole model
-            gathered, for a third less communication.
+            gathered, for a third less communication, and for more where micro-batches are accumulated.
     """
 
     activation_checkpointing: Literal["none", "selective", "full"] = "none"

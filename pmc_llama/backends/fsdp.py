@@ -1,6 +1,7 @@
 """FSDP2: `torch.distributed.fsdp.fully_shard` on every decoder layer and on what is left."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -134,6 +135,10 @@ class FsdpBackend:
         # Between forward and backward the module has whole parameters by these names; these are the shards.
         self.parameters = trained_parameters(model)
         self.frozen_parameters = frozen_parameters(model)
+        # A forward begins with what the backward before it ended with: not freed between micro-batches.
+        layers = model.model.layers
+        kept = [model, *(layers[:1] if recipe.sharding.reshard_after_forward else layers)]
+        self.kept_between = [cast(FSDPModule, module) for module in kept]
         self.recipe = recipe
         self.masters = next(iter(self.parameters.values())).device
         # AdamW makes its moments at the first update; a checkpoint may be read before that.
@@ -150,7 +155,10 @@ class FsdpBackend:
         # fully_shard averages over the ranks; this makes the average the sum over all targets.
         scale = dist.get_world_size() / targets
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in seeded(micro_batches, self.recipe, step, self.device):
+        in_turn = seeded(micro_batches, self.recipe, step, self.device)
+        for number, batch in enumerate(in_turn, start=1):
+            for module in self.kept_between:
+                module.set_reshard_after_backward(number == len(micro_batches), recurse=False)
             loss = self.model(*model_arguments(batch, self.device), scale)
             loss.backward()
             total += loss.detach()
@@ -211,7 +219,7 @@ class FsdpBackend:
 
     def close(self) -> None:
         """See `Backend.close`."""
-        del self.model, self.optimizer, self.parameters, self.frozen_parameters
+        del self.model, self.optimizer, self.parameters, self.frozen_parameters, self.kept_between
 
 
 def _local(gradient: Tensor | None) -> Tensor:

@@ -90,6 +90,29 @@ def test_deepspeed_keeps_parameters_gathered_only_when_told_to() -> None:
     assert freed.max_live_parameters < 32 * LAYER_7B < kept.max_live_parameters
 
 
+def _check_gatherings_of_fsdp() -> None:
+    for reshard, expected in ((True, 3 + 1 + 1 + 1), (False, 3)):
+        recipe = small_recipe("fsdp", accumulation=2)
+        recipe.sharding = ShardingConfig(reshard_after_forward=reshard)
+        backend = seeded_backend(recipe, gathered_config())
+        for step in range(2):
+            with _Operators() as operators:
+                backend.forward_backward(*micro_batches(step, 2), step)
+            backend.clip(1.0)
+            backend.step(1e-3)
+            assert operators.count["c10d._allgather_base_"] == expected
+        backend.close()
+
+
+def test_fsdp_gathers_nothing_again_that_it_has_at_hand() -> None:
+    """Of two layers and the rest, over two micro-batches, in a step.
+
+    The first forward gathers all three, the first backward the first layer again; the second forward the
+    last layer, the second backward the first layer.
+    """
+    run_on_ranks(2, _check_gatherings_of_fsdp)
+
+
 @pytest.mark.usefixtures("world_of_one")
 @pytest.mark.parametrize(
     ("offload", "optimizer", "parameters"),
